@@ -1,0 +1,231 @@
+"""Recorded trajectories, the normaliser, and the batches that every stage learns from.
+
+Shapes: B trajectories, T time in chunks, F memory frames, V camera views, L action-chunk length, A action dimensions.
+"""
+from __future__ import annotations
+
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from runs import UserError
+
+VIEWS = ("agentview", "wrist")
+MEMORY = 4  # F: frames at 0, 1/3 and 2/3 of the history, and the last one (EnerVerse-AC's sparse memory)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Normaliser
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Normalizer:
+    """1 % and 99 % quantiles of actions and states, mapped to [-1, 1]; the gripper command is left as it is."""
+    action_q01: list[float]
+    action_q99: list[float]
+    state_q01: list[float]
+    state_q99: list[float]
+
+    @classmethod
+    def fit(cls, episodes) -> "Normalizer":
+        actions = np.concatenate([episode.actions for episode in episodes])
+        states = np.concatenate([episode.states for episode in episodes])
+        low, high = np.quantile(actions, [0.01, 0.99], axis=0)
+        low[6], high[6] = -1.0, 1.0
+        state_low, state_high = np.quantile(states, [0.01, 0.99], axis=0)
+        # A direction that the demonstrations hardly move in must not be blown up to fill [-1, 1].
+        middle, half = (low + high) / 2, np.maximum((high - low) / 2, 0.05)
+        state_middle = (state_low + state_high) / 2
+        state_half = np.maximum((state_high - state_low) / 2, [0.02] * 3 + [0.1] * 3 + [0.005] * 2)
+        return cls(*(array.astype(float).round(6).tolist() for array in
+                     (middle - half, middle + half, state_middle - state_half, state_middle + state_half)))
+
+    def normalize_action(self, action):
+        low, high = _like(self.action_q01, action), _like(self.action_q99, action)
+        return 2 * (action - low) / (high - low) - 1
+
+    def unnormalize_action(self, action):
+        low, high = _like(self.action_q01, action), _like(self.action_q99, action)
+        return (action + 1) / 2 * (high - low) + low
+
+    def normalize_state(self, state):
+        low, high = _like(self.state_q01, state), _like(self.state_q99, state)
+        return (2 * (state - low) / (high - low) - 1).clip(-1.5, 1.5)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value) -> "Normalizer":
+        return cls(**value)
+
+
+def _like(values, reference):
+    if isinstance(reference, torch.Tensor):
+        return torch.as_tensor(values, dtype=reference.dtype, device=reference.device)
+    return np.asarray(values, dtype=reference.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Episodes
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Chunked:
+    """An episode seen at chunk boundaries."""
+    images: np.ndarray  # (T+1, V, 3, H, W) uint8
+    states: np.ndarray  # (T+1, 8)
+    actions: np.ndarray  # (T, L, 7)
+    success: np.ndarray  # (T+1,) bool: the task is done in this frame
+
+
+@dataclass
+class Episode:
+    """One trajectory. Frame i was drawn after `stride * i` control steps."""
+    images: np.ndarray  # (N+1, V, 3, H, W) uint8, upright
+    states: np.ndarray  # (N+1, 8) float32: position m, axis-angle rad, two finger joints m
+    actions: np.ndarray  # (S, 7) float32, environment units
+    success: np.ndarray  # (N+1,) bool: the task is done in this frame
+    stride: int  # control steps between stored frames: 1 in demonstrations, a chunk in exploration
+    task_id: int
+    instruction: str
+    source: str  # "demo" or "explore"
+    seed: int
+
+    def chunks(self, chunk_size, offset=0) -> Chunked:
+        """The episode from control step `offset` on, cut into whole chunks."""
+        if chunk_size % self.stride or offset % self.stride:
+            raise ValueError(f"frames every {self.stride} steps cannot be cut into chunks of {chunk_size} at {offset}")
+        count = min((len(self.actions) - offset) // chunk_size, (len(self.images) - 1 - offset // self.stride)
+                    * self.stride // chunk_size)
+        frames = offset // self.stride + np.arange(count + 1) * (chunk_size // self.stride)
+        actions = self.actions[offset:offset + count * chunk_size].reshape(count, chunk_size, -1)
+        return Chunked(self.images[frames], self.states[frames], actions, self.success[frames])
+
+    def save(self, path):
+        """Write a compressed .npz under a temporary name, then rename it."""
+        path = Path(path)
+        temporary = path.with_name(path.name + ".writing")
+        with open(temporary, "wb") as file:
+            np.savez_compressed(file, **asdict(self))
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path) -> "Episode":
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                fields = {key: data[key] for key in data.files}
+            return cls(**{key: value.item() if value.ndim == 0 else value for key, value in fields.items()})
+        except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path} is not a whole episode ({type(error).__name__}): delete it and run the same "
+                            "command") from None
+
+
+def load_episodes(folder) -> list[Episode]:
+    return [Episode.load(path) for path in sorted(Path(folder).glob("*.npz"))]
+
+
+@dataclass
+class StartContext:
+    """Where an imagined rollout begins: one recorded frame. The virtual environment needs nothing else."""
+    images: np.ndarray  # (V, 3, H, W) uint8
+    state: np.ndarray  # (8,)
+    instruction: str
+    previous_actions: np.ndarray  # (L, 7): the chunk that led here, zeros at the start of an episode
+    task_id: int
+
+
+def memory_index(last: int | torch.Tensor) -> torch.Tensor:
+    """Indices (..., F) of the memory frames in a history whose newest frame is `last`: 0, 1/3, 2/3 and last."""
+    return torch.as_tensor(last)[..., None] * torch.arange(MEMORY) // (MEMORY - 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches. Each class holds its data in memory and draws one batch from a generator.
+# ---------------------------------------------------------------------------------------------------------------------
+class CloneData:
+    """Every control step of every demonstration, with the normalised action chunk that follows it."""
+
+    def __init__(self, episodes, normalizer, chunk_size, device):
+        self.episodes, self.normalizer, self.chunk_size, self.device = episodes, normalizer, chunk_size, device
+        self.index = [(e, n) for e, episode in enumerate(episodes)
+                      for n in range((len(episode.actions) - 1) // episode.stride + 1)]
+
+    def batch(self, size, generator) -> dict:
+        picks = [self.index[i] for i in torch.randint(len(self.index), (size,), generator=generator)]
+        actions, valid = np.zeros((size, self.chunk_size, 7), np.float32), np.zeros((size, self.chunk_size), bool)
+        for row, (e, n) in enumerate(picks):
+            start = n * self.episodes[e].stride
+            chunk = self.episodes[e].actions[start:start + self.chunk_size]
+            actions[row, :len(chunk)], valid[row, :len(chunk)] = chunk, True
+        return {
+            "images": _stack([self.episodes[e].images[n] for e, n in picks], self.device),
+            "state": _stack([self.episodes[e].states[n] for e, n in picks], self.device),
+            "instruction": [self.episodes[e].instruction for e, _ in picks],
+            "actions": torch.from_numpy(self.normalizer.normalize_action(actions)).to(self.device),
+            "valid": torch.from_numpy(valid).to(self.device),
+        }
+
+
+class ChunkData:
+    """Trajectories at chunk boundaries, for the world simulator, the reflector and the start contexts.
+
+    A demonstration holds every frame, so it is cut at every offset below a chunk: eight trajectories each.
+    """
+
+    def __init__(self, episodes, chunk_size, device):
+        self.device, self.chunk_size = device, chunk_size
+        self.tracks, self.episodes = [], []
+        for episode in episodes:
+            for offset in range(0, chunk_size, episode.stride):
+                track = episode.chunks(chunk_size, offset)
+                if len(track.actions):
+                    self.tracks.append(track)
+                    self.episodes.append(episode)
+        self.index = [(k, t) for k, track in enumerate(self.tracks) for t in range(len(track.actions))]
+
+    def world_batch(self, size, generator) -> dict:
+        """Transitions for the world simulator; shapes in its docstring."""
+        return self.transitions([self.index[i] for i in torch.randint(len(self.index), (size,), generator=generator)])
+
+    def transitions(self, picks) -> dict:
+        """The transition from frame t to t + 1 of track k for every (k, t) in `picks`."""
+        memory = [memory_index(t).numpy() for _, t in picks]
+        tracks = [self.tracks[k] for k, _ in picks]
+        times = [t for _, t in picks]
+        return {key: _stack(values, self.device) for key, values in {
+            "memory": [track.images[m] for track, m in zip(tracks, memory)],
+            "memory_states": [track.states[m] for track, m in zip(tracks, memory)],
+            "previous_actions": [self._previous(track, t) for track, t in zip(tracks, times)],
+            "actions": [track.actions[t] for track, t in zip(tracks, times)],
+            "state": [track.states[t] for track, t in zip(tracks, times)],
+            "next_state": [track.states[t + 1] for track, t in zip(tracks, times)],
+            "target": [track.images[t + 1] for track, t in zip(tracks, times)],
+        }.items()}
+
+    def _previous(self, track, t):
+        return track.actions[t - 1] if t else np.zeros((self.chunk_size, 7), np.float32)
+
+    def frame_batch(self, size, generator) -> dict:
+        """Frames (first, previous, current) for the reflector; in half of the batch the task is done in the current one."""
+        done = [(k, t) for k, track in enumerate(self.tracks) for t in np.flatnonzero(track.success)]
+        picks = [self.index[i] for i in torch.randint(len(self.index), (size,), generator=generator)]
+        if done:
+            picks[:size // 2] = [done[i] for i in torch.randint(len(done), (size // 2,), generator=generator)]
+        frames = [self.tracks[k].images[[0, max(t - 1, 0), t]] for k, t in picks]
+        return {
+            "frames": _stack(frames, self.device),
+            "instruction": [self.episodes[k].instruction for k, _ in picks],
+            "labels": torch.tensor([[0.0, 0.0, float(self.tracks[k].success[t])] for k, t in picks], device=self.device),
+            "valid": torch.tensor([[False, False, True]] * size, device=self.device),
+        }
+
+    def starts(self, picks) -> list[StartContext]:
+        """Start contexts at frame t of track k for every (k, t) in `picks`."""
+        return [StartContext(self.tracks[k].images[t], self.tracks[k].states[t], self.episodes[k].instruction,
+                             self._previous(self.tracks[k], t), self.episodes[k].task_id) for k, t in picks]
+
+
+def _stack(arrays, device) -> torch.Tensor:
+    return torch.from_numpy(np.stack(arrays)).to(device)

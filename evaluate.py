@@ -1,0 +1,322 @@
+"""Evaluation in both worlds: true LIBERO on the benchmark's initial states, and the imagined world from the same frames.
+
+One set of true episodes serves both stops. "Oracle stop": the simulator ends the episode, so the task counts as done if
+its goal held at any control step. "Self stop": the reflector ends the episode (score > eta, or the step limit), and the
+goal must hold in that very frame. An episode is played until both are known or the limit is reached.
+
+Protocol: 10 settling steps, the benchmark's initial states in their order, the suite's step limit, whole chunks open
+loop, greedy, standard meshes. Success rates come with Wilson 95 % intervals; two policies are compared on the same
+states by McNemar's exact test.
+
+    python evaluate.py --checkpoint runs/libero_object --episodes 10        # more episodes than the training run took
+    python evaluate.py --checkpoint runs/libero_object --benchmark          # speeds, nothing else
+
+Shapes: B episodes, T time in chunks, V camera views, L action-chunk length, C, H, W image.
+"""
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+import report
+from episodes import ChunkData, Episode, StartContext, load_episodes
+from libero_env import LiberoContext, LiberoVectorEnv, initial_states, load_suite, step_limit
+from policy import Policy
+from ppo import rollout
+from reflector import Reflector
+from runs import UserError, clear_errors, read_json, step_generator, write_json
+from world_model import VirtualEnv, VirtualEnvConfig, WorldModel, world_model_loss
+
+
+@dataclass
+class EvaluateConfig:
+    episodes: int = 5  # episodes a task and policy, from the benchmark's first initial states on (50 at most)
+    imagine: bool = True  # also play every policy in the imagined world, from the same first frames
+    videos: int = 1  # film strips a task: the true rollout above, the imagined one below
+
+
+def pick_device(name) -> torch.device:
+    """"auto" is the GPU where there is one."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def load_policies(folder, device) -> dict[str, Policy]:
+    """The policies that a run holds: `cloned`, and `post_trained` if its imagine stage is done."""
+    stages = {"cloned": Path(folder) / "clone", "post_trained": Path(folder) / "imagine"}
+    found = {name: Policy.from_pretrained(path).to(device).eval() for name, path in stages.items() if path.is_dir()}
+    if not found:
+        raise UserError(f"{folder} holds no trained policy (clone/): run train.py first, or give another --checkpoint")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# True episodes
+# ---------------------------------------------------------------------------------------------------------------------
+def play(policy, env: LiberoVectorEnv, contexts, folder, source, seed, greedy=True, temperature=1.0) -> list[dict]:
+    """Play every context once in the true simulator; one `.npz` and one line of `episodes.jsonl` an episode.
+
+    Finished episodes are kept and not played again. Tasks are played num_envs at a time, one a process, because a
+    simulator takes seconds to build. Returns all lines, in the order of `contexts`.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "episodes.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = {line["file"]: line for line in lines}
+    files = [f"task{context.task_id:02d}_seed{context.seed:06d}.npz" for context in contexts]
+    todo = [(file, context) for file, context in zip(files, contexts) if file not in lines]
+    tasks = sorted({context.task_id for _, context in todo})
+    with tqdm(total=len(contexts), initial=len(contexts) - len(todo), desc=folder.name.removesuffix(".tmp"),
+              unit="episode") as bar:
+        for first in range(0, len(tasks), env.num_envs):
+            queues = [[pair for pair in todo if pair[1].task_id == task] for task in tasks[first:first + env.num_envs]]
+            batch = [pair for row in zip_longest(*queues) for pair in row if pair]
+            played = rollout(policy, env, [context for _, context in batch], greedy, temperature,
+                             step_generator(seed, tasks[first]), progress=bar.update)
+            for row, (file, context) in enumerate(batch):
+                lines[file] = save_episode(played, row, folder / file, context, source, env)
+                with open(path, "a") as log:
+                    log.write(json.dumps(lines[file]) + "\n")
+    return [lines[file] for file in files]
+
+
+def save_episode(played, row, path, context, source, env) -> dict:
+    """Write one row of a rollout as an `Episode`; return its line of `episodes.jsonl`."""
+    T = int(played.valid[row].sum())
+    success = played.success[row, :T].cpu().numpy()
+    score = played.score[row, :T].cpu().numpy()
+    whole = min(T, env.max_steps // env.chunk_size)  # a last chunk that the step limit cut short is not kept
+    Episode(images=played.images[row, :whole + 1].cpu().numpy(), states=played.states[row, :whole + 1].cpu().numpy(),
+            actions=played.env_actions[row, :whole].flatten(0, 1).cpu().numpy(),
+            success=np.concatenate([[False], success[:whole]]), stride=env.chunk_size, task_id=context.task_id,
+            instruction=played.instruction[row], source=source, seed=context.seed).save(path)
+    stops = np.flatnonzero(score > env.eta)
+    stop = int(stops[0]) if len(stops) else T - 1
+    return {"file": path.name, "task_id": context.task_id, "seed": context.seed, "chunks": T,
+            "oracle_stop": bool(played.reward[row] > 0), "self_stop": bool(success[stop]),
+            "stopped_at": stop + 1 if len(stops) else None,
+            "score": [None if np.isnan(value) else round(float(value), 3) for value in score]}
+
+
+def evaluate_policies(policies, reflector, suite, task_ids, episodes, folder, image_size, chunk_size, num_procs, eta,
+                      device) -> dict[str, list[dict]]:
+    """Every policy on the same benchmark states. -> {policy: lines of `play`}."""
+    contexts = []
+    for task in task_ids:
+        states = initial_states(suite, task)
+        if episodes > len(states):
+            raise UserError(f"{suite} has {len(states)} initial states a task: --episodes must not be above that")
+        contexts += [LiberoContext(task, seed=i, init_state=states[i]) for i in range(episodes)]
+    env = LiberoVectorEnv(suite, num_procs, image_size, chunk_size, stop="both", reflector=reflector, eta=eta,
+                          device=device)
+    try:
+        return {name: play(policy, env, contexts, Path(folder) / name, "evaluate", seed=0)
+                for name, policy in policies.items()}
+    finally:
+        env.close()
+
+
+def compare(lines: dict[str, list[dict]]) -> dict:
+    """Success rates with intervals, and the paired comparison of the first two policies."""
+    results = {"policies": {}, "paired": {}}
+    for stop in ("oracle_stop", "self_stop"):
+        success = {name: np.array([line[stop] for line in rows]) for name, rows in lines.items()}
+        for name, values in success.items():
+            results["policies"].setdefault(name, {})[stop] = proportion(values)
+        if {"cloned", "post_trained"} <= success.keys():
+            before, after = success["cloned"], success["post_trained"]
+            difference, interval = report.paired_difference(before, after)
+            results["paired"][stop] = {"difference": difference, "ci95": list(interval),
+                                       "mcnemar_p": report.mcnemar_exact(before, after)}
+    return results
+
+
+def proportion(values) -> dict:
+    successes, episodes = int(np.sum(values)), len(values)
+    return {"successes": successes, "episodes": episodes, "rate": successes / episodes,
+            "ci95": list(report.wilson_interval(successes, episodes))}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The imagined world
+# ---------------------------------------------------------------------------------------------------------------------
+def imagined_success(policy, world, reflector, starts, horizon, eta) -> np.ndarray:
+    """(B,) bool: does the reflector stop the greedy, imagined rollout from each `StartContext` within `horizon`?"""
+    env = VirtualEnv(world, reflector, VirtualEnvConfig(horizon=horizon, eta=eta, shared_noise=False), len(starts))
+    return rollout(policy, env, starts, greedy=True).terminated.cpu().numpy()
+
+
+def replay(world, reflector, episode: Episode) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Imagine a recorded episode open loop from its first frame with its own actions.
+
+    -> imagined frames (T+1, V, 3, H, W) uint8, states (T+1, 8), the reflector's scores (T,)
+    """
+    track = episode.chunks(world.config.chunk_size)
+    T = len(track.actions)
+    env = VirtualEnv(world, reflector, VirtualEnvConfig(horizon=T, eta=2.0, shared_noise=False), 1)  # never stops
+    env.reset([StartContext(track.images[0], track.states[0], episode.instruction,
+                            np.zeros_like(track.actions[0]), episode.task_id)])
+    scores = [env.step(torch.from_numpy(actions)[None])[4]["score"] for actions in track.actions]
+    return env.frames[0].cpu().numpy(), env.states[0].cpu().numpy(), torch.stack(scores)[:, 0].cpu().numpy()
+
+
+@torch.no_grad()
+def world_fidelity(world, episodes, horizons=(1, 5), seed=0) -> dict:
+    """Open-loop PSNR (dB) in each view at each horizon (chunks) on held-out episodes, beside two baselines.
+
+    "still": the frame that the prediction started from. "shuffled": every start gets another start's actions.
+    """
+    data, metrics = ChunkData(episodes, world.config.chunk_size, next(world.parameters()).device), {}
+    for horizon in horizons:
+        starts = [(k, t) for k, track in enumerate(data.tracks)
+                  for t in range(0, len(track.actions) - horizon + 1, 2)]
+        if len(starts) < 2:
+            continue
+        actions = np.stack([data.tracks[k].actions[t:t + horizon] for k, t in starts])  # (B, T, L, 7)
+        target = np.stack([data.tracks[k].images[t + horizon] for k, t in starts])
+        state = np.stack([data.tracks[k].states[t + horizon] for k, t in starts])
+        contexts = data.starts(starts)
+        shuffle = np.roll(np.arange(len(starts)), len(starts) // 2)
+        predicted, end = _open_loop(world, contexts, actions, seed)
+        shuffled, _ = _open_loop(world, contexts, actions[shuffle], seed)
+        still = np.stack([context.images for context in contexts])
+        for view, name in enumerate(("agentview", "wrist")):
+            for kind, frames in (("predicted", predicted), ("still", still), ("shuffled", shuffled)):
+                error = (frames[:, view].astype(np.float32) - target[:, view]) ** 2
+                metrics[f"psnr_{name}_{horizon}_{kind}"] = round(float(10 * np.log10(255 ** 2 / error.mean())), 2)
+        metrics[f"state_mm_{horizon}"] = round(float(np.linalg.norm(end[:, :3] - state[:, :3], axis=1).mean() * 1e3), 1)
+    return metrics | {"episodes": len(episodes)}
+
+
+def _open_loop(world, contexts, actions, seed):
+    """Last imagined frames (B, V, 3, H, W) and states (B, 8) after playing actions (B, T, L, 7)."""
+    config = VirtualEnvConfig(horizon=actions.shape[1], eta=2.0, shared_noise=False, seed=seed)
+    env = VirtualEnv(world, None, config, len(contexts))
+    env.reset(contexts)
+    for t in range(actions.shape[1]):
+        obs, *_ = env.step(torch.from_numpy(actions[:, t]))
+    return obs["images"].cpu().numpy(), obs["state"].cpu().numpy()
+
+
+def reflector_quality(reflector, episodes, chunk_size, eta) -> dict:
+    """`reflector_metrics` on the true frames of held-out episodes."""
+    from reflector import reflector_metrics
+    tracks = [episode.chunks(chunk_size) for episode in episodes]
+    T = max(len(track.images) for track in tracks)
+    score, label, valid = np.zeros((len(tracks), T)), np.zeros((len(tracks), T)), np.zeros((len(tracks), T), bool)
+    for row, (track, episode) in enumerate(zip(tracks, episodes)):
+        frames = torch.from_numpy(track.images)[None].to(next(reflector.parameters()).device)
+        with torch.no_grad():
+            score[row, :len(track.images)] = torch.sigmoid(reflector(frames, [episode.instruction]))[0].cpu().numpy()
+        label[row, :len(track.images)], valid[row, :len(track.images)] = track.success, True
+    return reflector_metrics(score, label, valid, eta)
+
+
+def film(world, reflector, episode, path, title):
+    """A GIF and a PNG strip of a true episode above its imagination."""
+    track = episode.chunks(world.config.chunk_size)
+    imagined, _, imagined_scores = replay(world, reflector, episode)
+    device = next(reflector.parameters()).device
+    with torch.no_grad():
+        scores = torch.sigmoid(reflector(torch.from_numpy(track.images)[None].to(device), [episode.instruction]))[0]
+    frames = [np.moveaxis(images, 2, -1) for images in (track.images, imagined)]  # (T+1, V, H, W, 3)
+    all_scores = scores.cpu().numpy(), np.concatenate([scores[:1].cpu().numpy(), imagined_scores])
+    report.film_strip(path.with_suffix(".gif"), *frames, *all_scores, title, bool(episode.success.any()))
+    report.contact_sheet(path.with_suffix(".png"), *frames, *all_scores, title, bool(episode.success.any()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speed
+# ---------------------------------------------------------------------------------------------------------------------
+def benchmark(policies, world, reflector, suite, task_id, episodes, image_size, num_procs, device) -> dict:
+    """Imagined against true control steps a second with the same views, training samples and episodes a minute."""
+    policy, L = list(policies.values())[-1], world.config.chunk_size
+    data = ChunkData(episodes, L, device)
+    starts = (data.starts([(k, 0) for k in range(len(data.tracks))]) * 32)[:32]
+    env = VirtualEnv(world, reflector, VirtualEnvConfig(horizon=8, eta=2.0), len(starts), 8)
+    seconds, played = _timed(lambda: rollout(policy, env, starts))
+    imagined = int(played.valid.sum()) * L / seconds
+    true_env = LiberoVectorEnv(suite, num_procs, image_size, L, max_steps=8 * L, device=device)
+    try:
+        contexts = [LiberoContext(task_id, seed) for seed in range(num_procs)]
+        true_env.reset(contexts)  # builds the simulators
+        seconds, played = _timed(lambda: rollout(policy, true_env, contexts))
+    finally:
+        true_env.close()
+    true = int(played.valid.sum()) * L / seconds
+    optimizer = torch.optim.AdamW(world.parameters(), lr=0.0)
+
+    def train_step():
+        loss, _ = world_model_loss(world, data.world_batch(16, step_generator(0, 0)), step_generator(0, 0, device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    train_step()
+    seconds, _ = _timed(lambda: [train_step() for _ in range(4)])
+    return {"imagined_steps_per_s": imagined, "true_steps_per_s": true, "imagined_over_true": imagined / true,
+            "world_training_samples_per_s": 64 / seconds,
+            "full_length_episodes_per_minute_and_core": 60 * true / step_limit(suite) / num_procs}
+
+
+def _timed(work):
+    start = time.perf_counter()
+    value = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Arguments:
+    """Evaluate the policies of a run on true LIBERO."""
+    checkpoint: str  # the run folder that train.py made
+    task: str = ""  # suite to evaluate on; empty: the one it was trained on
+    task_ids: tuple[int, ...] = ()  # tasks of the suite; empty: those it was trained on
+    episodes: int = 5  # episodes a task and policy (50 at most)
+    num_procs: int = 0  # simulator processes; 0: one a core
+    output_dir: str = ""  # where results go; empty: <checkpoint>/eval_<suite>_<episodes>
+    device: str = "auto"  # "auto", "cpu", "cuda"
+    benchmark: bool = False  # print speeds and do nothing else
+
+
+def main(arguments: Arguments):
+    run, device = Path(arguments.checkpoint), pick_device(arguments.device)
+    trained = read_json(run / "config.json")
+    suite = arguments.task or trained["task"]
+    load_suite(suite)
+    task_ids = list(arguments.task_ids or (trained["task_ids"] if suite == trained["task"] else range(10)))
+    policies, num_procs = load_policies(run, device), arguments.num_procs or os.cpu_count() or 1
+    reflector = Reflector.from_pretrained(run / "reflect").to(device).eval()
+    sizes = next(iter(policies.values())).config
+    if arguments.benchmark:
+        world = WorldModel.from_pretrained(run / "simulate").to(device)
+        speeds = benchmark(policies, world, reflector, suite, task_ids[0], load_episodes(run / "explore")[:4],
+                           sizes.image_size, num_procs, device)
+        print("\n".join(f"{name:45s} {value:10.2f}" for name, value in speeds.items()))
+        return
+    folder = Path(arguments.output_dir or run / f"eval_{suite}_{arguments.episodes}")
+    start = time.time()
+    lines = evaluate_policies(policies, reflector, suite, task_ids, arguments.episodes, folder, sizes.image_size,
+                              sizes.chunk_size, num_procs, trained["virtual"]["eta"], device)
+    seconds, count = time.time() - start, sum(map(len, lines.values()))
+    results = {"task": suite, "preset": trained["preset"], "seed": trained["seed"]} | compare(lines) | {
+        "stages": {"evaluate": seconds}, "eval_s": seconds, "eval_ep_s": seconds / count}
+    write_json(folder / "results.json", results)
+    print(report.results_table(results))
+
+
+if __name__ == "__main__":
+    with clear_errors():
+        main(tyro.cli(Arguments))

@@ -1,0 +1,365 @@
+"""LIBERO, the true simulator, behind the same vector interface as the virtual environment (`world_model.VirtualEnv`).
+
+`LiberoTask` is one simulated task in this process. `LiberoVectorEnv` runs one such task in each of B worker processes
+and steps them by action chunks: Gymnasium's vector API, with contexts in `reset` and a leading chunk axis in actions.
+
+What costs time here (measured, ../README.md has the table): a picture costs what its 310,000 triangles cost, whatever
+its size, so frames are drawn at chunk boundaries only, and `mesh_cell` merges vertices closer than a few millimetres for
+demonstrations and exploration. Evaluation draws the standard meshes.
+
+Shapes: B slots, V camera views, L action-chunk length, C, H, W image.
+"""
+from __future__ import annotations
+
+import contextlib
+import io
+import multiprocessing
+import os
+from dataclasses import dataclass
+
+import gymnasium
+import numpy as np
+import torch
+
+from geometry import Camera, Cameras
+from runs import UserError
+
+os.environ.setdefault("MUJOCO_GL", "egl")  # both must be set before the first import of mujoco; a user's value stays
+os.environ.setdefault("LP_NUM_THREADS", "1")  # Mesa gains nothing from a second thread; the other core has its own process
+
+CAMERAS = ("agentview", "robot0_eye_in_hand")
+RENDER_SIZE = 128  # pixels; frames are averaged down to the size a model wants
+NO_OP = np.array([0, 0, 0, 0, 0, 0, -1], np.float32)
+SETTLE_STEPS = 10
+STEP_LIMITS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the installed benchmark knows
+# ---------------------------------------------------------------------------------------------------------------------
+def load_suite(name):
+    """The benchmark object of a suite; UserError with the known names where there is none."""
+    with _quiet():
+        try:
+            from libero.libero import benchmark
+        except (ImportError, AttributeError, OSError) as error:
+            raise UserError(f"LIBERO cannot be imported ({error}): pip install -r requirements.txt; MUJOCO_GL="
+                            f"{os.environ['MUJOCO_GL']} needs the GL libraries: apt-get install libegl1 libegl-mesa0 "
+                            "libgl1") from None
+        suites = benchmark.get_benchmark_dict()
+        if name not in suites:
+            known = ", ".join(sorted(suite for suite in suites if suite in STEP_LIMITS))
+            raise UserError(f"there is no suite '{name}': the standard ones are {known} (the installed benchmark also "
+                            f"has {len(suites) - len(STEP_LIMITS)} variants of them)")
+        return suites[name]()
+
+
+def step_limit(suite) -> int:
+    """The suite's step limit; a variant of a suite has that suite's."""
+    return next((limit for name, limit in STEP_LIMITS.items() if suite.startswith(name)), 400)
+
+
+def initial_states(suite, task_id) -> np.ndarray:
+    """The benchmark's 50 initial states (50, D) of a task. They are the test set: for evaluation alone."""
+    with _quiet():
+        return np.asarray(load_suite(suite).get_task_init_states(task_id))
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Keep LIBERO's and robosuite's import chatter out of the user's sight; errors still rise."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One task
+# ---------------------------------------------------------------------------------------------------------------------
+class LiberoTask:
+    """One LIBERO task in this process, without robosuite's observables and renderer (neither changes the physics).
+
+    mesh_cell: edge (m) of the cells in which vertices of drawn meshes are merged; 0 draws the standard meshes.
+    """
+
+    def __init__(self, suite, task_id, mesh_cell=0.0):
+        benchmark = load_suite(suite)
+        if not 0 <= task_id < benchmark.n_tasks:
+            raise UserError(f"{suite} has no task {task_id}: its tasks are 0 to {benchmark.n_tasks - 1}")
+        self.suite, self.task_id, self.mesh_cell = suite, task_id, mesh_cell
+        self.name, self.instruction = benchmark.get_task(task_id).name, benchmark.get_task(task_id).language
+        with _quiet():
+            from libero.libero.envs.env_wrapper import ControlEnv
+            self.env = ControlEnv(bddl_file_name=benchmark.get_task_bddl_file_path(task_id), use_camera_obs=False,
+                                  has_offscreen_renderer=False, initialization_noise="default")
+        self.env.env.hard_reset = False  # a soft reset gives the same trajectory 100 times faster
+        self.env.env._update_observables = lambda force=False: None  # 25 updates a control step that nobody reads
+        self.env.env._get_observations = lambda force_update=False: {}
+        self._renderer = None
+
+    def reset(self, seed=None, init_state=None):
+        """Start an episode: object placements drawn from `seed`, or the simulator state `init_state` (D,).
+
+        The soft reset must come before the state is set: without it the controller keeps the last episode's goal.
+        """
+        np.random.seed(seed)  # LIBERO's placement samplers use numpy's global generator
+        with _quiet():
+            self.env.reset()
+        if init_state is not None:
+            self.env.set_init_state(init_state)
+        for _ in range(SETTLE_STEPS):
+            self.step(NO_OP)
+
+    def step(self, action) -> bool:
+        """One control step (50 ms) with action (7,); True while the task's goal holds."""
+        self.env.step(np.clip(action, -1, 1))
+        return bool(self.env.check_success())
+
+    def state(self) -> np.ndarray:
+        """(8,) float32: gripper position (m), axis-angle (rad), two finger joints (m)."""
+        robot, data = self.env.robots[0], self.env.sim.data
+        w, *xyz = data.get_body_xquat(robot.robot_model.eef_name)
+        # As robosuite and OpenVLA compute it: the quaternion is NOT flipped to one hemisphere, angles go up to 2 pi.
+        length = np.sqrt(max(1 - w * w, 1e-12))
+        axis_angle = np.array(xyz) / length * 2 * np.arccos(np.clip(w, -1, 1))
+        fingers = data.qpos[robot._ref_gripper_joint_pos_indexes]
+        return np.concatenate([data.site_xpos[robot.eef_site_id], axis_angle, fingers]).astype(np.float32)
+
+    def render(self) -> np.ndarray:
+        """(V, H, W, 3) uint8 of both views, upright, RENDER_SIZE pixels."""
+        if self._renderer is None:
+            self._renderer = self._make_renderer()
+        frames = []
+        for camera in CAMERAS:
+            self._renderer.update_scene(self.env.sim.data._data, camera, self._scene_option)
+            frames.append(self._renderer.render())
+        return np.stack(frames)
+
+    def _make_renderer(self):
+        try:
+            import mujoco
+            self._scene_option = mujoco.MjvOption()
+            self._scene_option.geomgroup[0] = 0  # collision shapes
+            if self.mesh_cell:
+                merge_vertices(self.env.sim.model._model, self.mesh_cell)
+            return mujoco.Renderer(self.env.sim.model._model, RENDER_SIZE, RENDER_SIZE)
+        except (ImportError, AttributeError, RuntimeError) as error:
+            raise UserError(f"no picture can be drawn with MUJOCO_GL={os.environ['MUJOCO_GL']} ({error}): apt-get "
+                            "install libegl1 libegl-mesa0 libgl1, or set MUJOCO_GL=osmesa (libosmesa6)") from None
+
+    def cameras(self) -> Cameras:
+        """Where both cameras are: the agent view in the world, the wrist camera in the gripper's frame."""
+        model, data, robot = self.env.sim.model._model, self.env.sim.data, self.env.robots[0]
+        agentview, wrist = (model.camera(name).id for name in CAMERAS)
+        hand = data.get_body_xmat(robot.robot_model.eef_name).reshape(3, 3)
+        offset = data.cam_xpos[wrist] - data.site_xpos[robot.eef_site_id]
+        return Cameras(
+            agentview=Camera(float(model.cam_fovy[agentview]), data.cam_xpos[agentview].tolist(),
+                             data.cam_xmat[agentview].reshape(3, 3).tolist()),
+            wrist=Camera(float(model.cam_fovy[wrist]), (hand.T @ offset).tolist(),
+                         (hand.T @ data.cam_xmat[wrist].reshape(3, 3)).tolist()),
+            plane_z=0.0 if self.env.env._arena_type == "floor" else float(self.env.env.workspace_offset[2]))
+
+    def close(self):
+        if self._renderer is not None:
+            self._renderer.close()
+        self.env.close()
+
+
+def merge_vertices(model, cell):
+    """Simplify every drawn mesh of a compiled MuJoCo model in place, before its renderer is made.
+
+    Vertices in one cell of `cell` metres become one of them and triangles that collapse are dropped. At 6 mm a LIBERO
+    scene keeps a fifth of its triangles; at 128 pixels a picture changes by 2 of 255 grey levels in the mean.
+    """
+    drawn = model.geom_dataid[(model.geom_type == 7) & (model.geom_group == 1)]  # 7: mjGEOM_MESH; group 1: visual
+    for mesh in np.unique(drawn):
+        vertices = slice(model.mesh_vertadr[mesh], model.mesh_vertadr[mesh] + model.mesh_vertnum[mesh])
+        start, count = model.mesh_faceadr[mesh], model.mesh_facenum[mesh]
+        cells = np.floor(model.mesh_vert[vertices] / cell).astype(np.int64)
+        _, first, inverse = np.unique(cells, axis=0, return_index=True, return_inverse=True)
+        faces = first[inverse.reshape(-1)][model.mesh_face[start:start + count]]  # (count, 3)
+        a, b, c = faces.T
+        kept = np.flatnonzero((a != b) & (b != c) & (a != c))
+        for array, values in ((model.mesh_face, faces), (model.mesh_facenormal, None), (model.mesh_facetexcoord, None)):
+            values = array[start:start + count] if values is None else values
+            array[start:start + len(kept)] = values[kept].copy()
+        model.mesh_facenum[mesh] = len(kept)
+
+
+def shrink(frames, size) -> np.ndarray:
+    """(..., H, W, 3) uint8 averaged down to (..., 3, size, size) uint8; H must be a multiple of size."""
+    factor, rest = divmod(frames.shape[-2], size)
+    if rest or not factor:
+        raise UserError(f"frames of {frames.shape[-2]} pixels cannot be averaged down to {size}: choose a divisor")
+    frames = frames.reshape(*frames.shape[:-3], size, factor, size, factor, 3).mean(axis=(-4, -2))
+    return np.moveaxis(np.round(frames).astype(np.uint8), -1, -3)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# B tasks in B processes
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class LiberoContext:
+    """Where a true episode begins: fresh placements from `seed`, or one of the benchmark's initial states."""
+    task_id: int
+    seed: int = 0
+    init_state: np.ndarray | None = None  # (D,)
+
+
+class LiberoVectorEnv(gymnasium.vector.VectorEnv):
+    """One LIBERO task in each of `num_envs` processes, stepped by action chunks.
+
+    reset(contexts, mask) -> obs, info;  step(actions (B, L, 7)) -> obs, reward, terminated, truncated, info
+    obs: images uint8 (B, V, 3, H, W), state (B, 8), instruction list[str]; tensors on `device`.
+    info: success (B,) the goal holds in this frame, success_once (B,) it held at some control step so far,
+          score (B,) the reflector's P(done) for this frame, NaN without a reflector.
+    stop: what ends an episode before the step limit.  "oracle": the goal was reached, `linger` chunks ago.
+          "both": the goal was reached at some time AND the reflector's score has exceeded eta, so that one episode
+          tells what either stop would have given (evaluation). The reward is 1 where success_once at the end.
+    """
+    metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.DISABLED}
+
+    def __init__(self, suite, num_envs, image_size=64, chunk_size=8, max_steps=None, stop="oracle", linger=0,
+                 mesh_cell=0.0, reflector=None, eta=0.5, device="cpu"):
+        if stop == "both" and reflector is None:
+            raise ValueError("stop='both' needs a reflector")
+        self.suite, self.num_envs, self.device = suite, num_envs, torch.device(device)
+        self.chunk_size, self.max_steps = chunk_size, max_steps or step_limit(suite)
+        self.stop, self.linger, self.reflector, self.eta = stop, linger, reflector, eta
+        frame = gymnasium.spaces.Box(0, 255, (len(CAMERAS), 3, image_size, image_size), np.uint8)
+        self.single_observation_space = gymnasium.spaces.Dict({
+            "images": frame, "state": gymnasium.spaces.Box(-np.inf, np.inf, (8,), np.float32),
+            "instruction": gymnasium.spaces.Text(200)})
+        self.single_action_space = gymnasium.spaces.Box(-1, 1, (chunk_size, 7), np.float32)
+        self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, num_envs)
+        context = multiprocessing.get_context("spawn")
+        self._pipes, self._processes = [], []
+        for _ in range(num_envs):
+            here, there = context.Pipe()
+            arguments = (there, suite, image_size, mesh_cell)
+            self._processes.append(context.Process(target=_worker, args=arguments, daemon=True))
+            with single_threaded_children():
+                self._processes[-1].start()
+            there.close()
+            self._pipes.append(here)
+        self._slots: list[dict | None] = [None] * num_envs
+        self._first = self._previous = None  # (B, V, 3, H, W) frames that the reflector looks back to
+
+    def reset(self, contexts, mask=None):
+        """Start `contexts[i]` in every slot where mask (B,) holds (default: all); the other slots stay as they are."""
+        chosen = [i for i in range(self.num_envs) if mask is None or mask[i]]
+        for i in chosen:
+            context = contexts[i]
+            self._pipes[i].send(("reset", context.task_id, context.seed, context.init_state))
+        for i in chosen:
+            images, state, instruction = self._receive(i)
+            self._slots[i] = {"first": images, "previous": images, "images": images, "state": state, "steps": 0,
+                              "instruction": instruction, "once": False, "since": 0, "stopped": False, "over": False}
+        return self._observe(), self._info()
+
+    def step(self, actions):
+        """Play one chunk, actions (B, L, 7) in environment units, in every slot whose episode is not over."""
+        actions = actions.float().cpu().numpy()
+        playing = [i for i, slot in enumerate(self._slots) if slot and not slot["over"]]
+        for i in playing:
+            self._pipes[i].send(("chunk", actions[i, :self.max_steps - self._slots[i]["steps"]]))
+        reward, terminated, truncated = torch.zeros(self.num_envs), *torch.zeros(2, self.num_envs, dtype=torch.bool)
+        success = torch.zeros(self.num_envs, dtype=torch.bool)
+        for i in playing:
+            slot, (images, state, held) = self._slots[i], self._receive(i)
+            slot |= {"previous": slot["images"], "images": images, "state": state, "steps": slot["steps"] + len(held)}
+            slot["since"] += slot["once"]  # chunks since the goal was first reached
+            slot["once"] |= bool(held.any())
+            success[i] = bool(held[-1])
+        info = self._info(success)
+        for i in playing:
+            slot = self._slots[i]
+            slot["stopped"] |= bool(info["score"][i] > self.eta)
+            enough = slot["stopped"] if self.stop == "both" else slot["since"] >= self.linger
+            terminated[i] = slot["once"] and enough
+            truncated[i] = slot["steps"] >= self.max_steps and not terminated[i]
+            slot["over"] = bool(terminated[i] or truncated[i])
+            reward[i] = float(slot["once"] and slot["over"])
+        return self._observe(), *(tensor.to(self.device) for tensor in (reward, terminated, truncated)), info
+
+    def _gather(self, key):
+        blank = next(slot for slot in self._slots if slot)
+        return torch.from_numpy(np.stack([(slot or blank)[key] for slot in self._slots])).to(self.device)
+
+    def _observe(self):
+        return {"images": self._gather("images"), "state": self._gather("state"),
+                "instruction": [slot["instruction"] if slot else "" for slot in self._slots]}
+
+    def _info(self, success=None):
+        score = torch.full((self.num_envs,), float("nan"))
+        if self.reflector is not None:
+            with torch.no_grad():
+                score = self.reflector.score(self._gather("first"), self._gather("previous"), self._gather("images"),
+                                             [slot["instruction"] if slot else "" for slot in self._slots]).cpu()
+        success = torch.zeros(self.num_envs, dtype=torch.bool) if success is None else success
+        once = torch.tensor([bool(slot and slot["once"]) for slot in self._slots])
+        return {"success": success.to(self.device), "success_once": once.to(self.device), "score": score.to(self.device)}
+
+    def _receive(self, i):
+        try:
+            kind, value = self._pipes[i].recv()
+        except (EOFError, ConnectionResetError):
+            raise RuntimeError(f"simulator process {i} died (out of memory?); the same command goes on") from None
+        if kind == "user_error":
+            raise UserError(value)
+        if kind == "error":
+            raise RuntimeError(f"simulator process {i} failed:\n{value}")
+        return value
+
+    def close_extras(self, **_):
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(timeout=10)
+            process.terminate()
+
+
+@contextlib.contextmanager
+def single_threaded_children():
+    """Processes started inside use one BLAS thread each: with one process a core, more threads only get in the way."""
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
+
+
+def _worker(pipe, suite, image_size, mesh_cell):
+    """Serve one slot: one simulator at a time, made anew when the task changes (7 s)."""
+    import signal
+    import traceback
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    task = None
+    while True:
+        try:
+            command, *arguments = pipe.recv()
+        except (EOFError, OSError):
+            os._exit(0)  # skips the GL libraries' noise at interpreter exit
+        try:
+            if command == "reset":
+                task_id, seed, init_state = arguments
+                if task is None or task.task_id != task_id:
+                    if task is not None:
+                        task.close()
+                    task = LiberoTask(suite, task_id, mesh_cell)
+                task.reset(seed, init_state)
+                reply = shrink(task.render(), image_size), task.state(), task.instruction
+            else:
+                held = np.array([task.step(action) for action in arguments[0]])
+                reply = shrink(task.render(), image_size), task.state(), held
+            pipe.send(("ok", reply))
+        except UserError as error:
+            pipe.send(("user_error", str(error)))
+        except Exception:
+            pipe.send(("error", traceback.format_exc()))

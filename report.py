@@ -1,0 +1,306 @@
+"""What a run leaves for a reader: success rates with honest intervals, report.md, videos and learning curves.
+
+Statistics on n paired episodes (both policies meet the same initial states), all without scipy
+- `wilson_interval`    95 % score interval of a success rate (Wilson 1927); inside [0, 1] even at 0/n and n/n.
+- `mcnemar_exact`      exact two-sided p-value of "both are equally good": among the episodes that only one of
+                       them solved, how likely is a split this uneven with a fair coin?
+- `paired_difference`  95 % interval of the difference of the two rates: Newcombe's hybrid score interval for
+                       paired proportions (Statistics in Medicine 17:2635, 1998, method 10). It joins the two
+                       Wilson intervals by the outcomes' correlation, and unlike Wald's has a width at 0/n.
+Pictures: `film_strip` (GIF) and `contact_sheet` (PNG) show a true rollout above the imagined one of the same
+actions, with the reflector's score under every frame; `learning_curves` (PNG) draws log.jsonl.
+
+Shapes: T frames at chunk boundaries, V views, H,W pixels; images are channels-last uint8.
+
+Try it:  python -m pytest tests/test_report.py
+"""
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+Z = 1.959964  # 97.5 % quantile of the normal distribution
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Statistics
+# ----------------------------------------------------------------------------------------------------------
+def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:
+    """95 % interval of a success rate; (0, 1) when there are no episodes."""
+    if episodes == 0:
+        return 0.0, 1.0
+    rate, z2 = successes / episodes, Z * Z / episodes
+    middle = (rate + z2 / 2) / (1 + z2)
+    half = Z * math.sqrt(rate * (1 - rate) / episodes + z2 / episodes / 4) / (1 + z2)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def mcnemar_exact(before, after) -> float:
+    """Two-sided p-value for paired outcomes (n,) bool; 1 when no episode changed."""
+    before, after = np.asarray(before, bool), np.asarray(after, bool)
+    lost, won = int((before & ~after).sum()), int((~before & after).sum())
+    changed = lost + won
+    tail = sum(math.comb(changed, k) for k in range(min(lost, won) + 1)) / 2**changed
+    return min(1.0, 2 * tail)
+
+
+def paired_difference(before, after) -> tuple[float, tuple[float, float]]:
+    """rate(after) - rate(before) and its 95 % interval (Newcombe's method 10); outcomes (n,) bool."""
+    before, after = np.asarray(before, bool), np.asarray(after, bool)
+    n = len(before)
+    if n == 0:
+        return 0.0, (-1.0, 1.0)
+    both, neither = int((before & after).sum()), int((~before & ~after).sum())
+    b, a = int(before.sum()), int(after.sum())
+    covariance = both * neither - (a - both) * (b - both)
+    if covariance > 0:
+        covariance = max(0.0, covariance - n / 2)  # Newcombe's continuity correction
+    spread = math.sqrt(b * (n - b) * a * (n - a))
+    phi = covariance / spread if spread else 0.0
+    (low_b, high_b), (low_a, high_a) = wilson_interval(b, n), wilson_interval(a, n)
+    difference = (a - b) / n
+    below = _hypotenuse(a / n - low_a, high_b - b / n, phi)
+    above = _hypotenuse(high_a - a / n, b / n - low_b, phi)
+    return difference, (max(-1.0, difference - below), min(1.0, difference + above))
+
+
+def _hypotenuse(x, y, correlation):
+    return math.sqrt(max(0.0, x * x - 2 * correlation * x * y + y * y))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# report.md
+# ----------------------------------------------------------------------------------------------------------
+POLICIES = {"cloned": "cloned", "post_trained": "post-trained in imagination"}
+CAPTION = """Successes / episodes, with 95% Wilson intervals. *Oracle stop*: the simulator ends the episode at the
+first success. *Self stop*: the reflector ends it, and success is judged there. *Imagined*: the reflector's verdict
+on rollouts in the world simulator; a gain there counts only if the true columns show it too. *Difference*: on the
+same initial states, with Newcombe's paired 95% interval and the exact McNemar p-value."""
+MEANING = {  # what a reader needs to know about the virtual environment's numbers
+    "auroc": "success against failure frames; chance 0.5, goal 0.95",
+    "false_stop_rate": "episodes it would have stopped before the task was done",
+    "missed_rate": "solved episodes it never stopped",
+    "stop_delay": "chunks from success to the stop",
+    "brier": "mean squared error of the probability",
+    "ece": "calibration error of the probability",
+}
+
+
+def results_table(results: dict) -> str:
+    """results.json -> Markdown: success rates, virtual environment, videos, times. A missing part is left out.
+
+    task, preset, seed; policies{cloned, post_trained}{oracle_stop, self_stop}{successes, episodes, rate, ci95};
+    paired{oracle_stop, self_stop}{difference, ci95, mcnemar_p}; imagined{cloned, post_trained}{as in policies};
+    stages{name: seconds}; reflector, world_model (metrics, may be nested); videos (their folder).
+    """
+    parts = [f"# {results['task']} · preset {results['preset']} · seed {results['seed']}",
+             "## Success rate", _success_table(results), CAPTION]
+    environment = [(part, *row) for part in ("world_model", "reflector")
+                   for row in _flat(results.get(part, {}))]
+    if environment:
+        rows = [[part.replace("_", " "), name.replace("_", " "), _number(value),
+                 MEANING.get(name.split(", ")[-1], "")] for part, name, value in environment]
+        header = ["part", "number", "value", "meaning"]
+        parts += ["## Virtual environment, on held-out episodes", _markdown(header, rows)]
+    if "videos" in results:
+        parts += ["## Videos", f"In `{results['videos']}`: true above, imagined (same actions) below."]
+    if results.get("stages"):
+        rows = [[name, duration(seconds)] for name, seconds in results["stages"].items()]
+        rows.append(["**all**", f"**{duration(sum(results['stages'].values()))}**"])
+        parts += ["## Time", _markdown(["stage", "time"], rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _success_table(results) -> str:
+    columns = {"oracle_stop": "oracle stop", "self_stop": "self stop"}
+    rows = []
+    for key, name in POLICIES.items():
+        if key in results.get("policies", {}):
+            cells = [results["policies"][key].get(column) for column in columns]
+            rows.append([name] + [_rate(cell) for cell in [*cells, results.get("imagined", {}).get(key)]])
+    if results.get("paired"):
+        rows.append(["difference", *(_difference(results["paired"].get(column)) for column in columns), ""])
+    return _markdown(["policy", *columns.values(), "imagined"], rows)
+
+
+def _rate(cell) -> str:
+    if cell is None:
+        return "–"
+    low, high = cell["ci95"]
+    return f"{cell['successes']}/{cell['episodes']} = **{cell['rate']:.0%}** ({low:.0%} to {high:.0%})"
+
+
+def _difference(cell) -> str:
+    if cell is None:
+        return "–"
+    change, low, high = (100 * value for value in [cell["difference"], *cell["ci95"]])
+    return f"**{change:+.0f} points** ({low:+.0f} to {high:+.0f}), p = {cell['mcnemar_p']:.2g}"
+
+
+def _markdown(header, rows) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _flat(metrics, prefix="") -> list[tuple[str, object]]:
+    rows = []
+    for key, value in metrics.items():
+        rows += _flat(value, f"{prefix}{key}, ") if isinstance(value, dict) else [(prefix + key, value)]
+    return rows
+
+
+def _number(value) -> str:
+    return "–" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def duration(seconds: float) -> str:
+    """125 -> '2 min 5 s'."""
+    minutes, seconds = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Rollouts: true above, imagined below
+# ----------------------------------------------------------------------------------------------------------
+INK, GRAY, PALE, GREEN, ORANGE, BLUE = "#1b1b1b", "#666666", "#d9d9d9", "#2a9d4a", "#c9690a", "#3b6fb6"
+BAR, GAP, MARGIN, TOP = 26, 6, 92, 44  # pixels: score line, space between tiles, labels on the left, title
+VIEWS = ("agent view", "wrist")
+
+
+def film_strip(path, true_frames, imagined_frames, scores_true, scores_imagined, title, success, eta=0.5,
+               scale=3):
+    """Write a GIF of T frames: the true rollout above the imagined one, views side by side, scores below.
+
+    true_frames, imagined_frames: uint8 (T, V, H, W, 3); scores: (T,) in [0, 1], NaN where there is none;
+    success: the true outcome; eta: the score at which the reflector stops.
+    """
+    T, V, H, W, _ = true_frames.shape
+    tile, block, pages = scale * W + GAP, scale * H + BAR, []
+    for t in range(T):
+        page, draw = _page(MARGIN + V * tile, TOP + 2 * block, title, success)
+        draw.text((MARGIN + V * tile - GAP, 24), f"chunk {t} of {T - 1}", GRAY, _font(13), anchor="ra")
+        for top, name, frames, scores in [(TOP, "true", true_frames, scores_true),
+                                          (TOP + block, "imagined", imagined_frames, scores_imagined)]:
+            draw.text((8, top + scale * H // 2 - 10), name, INK, _font(17))
+            draw.text((8, top + scale * H + 3), "P(done)", INK, _font(13))
+            for v in range(V):
+                page.paste(_enlarged(frames[t, v], scale), (MARGIN + v * tile, top))
+            _score_bar(draw, MARGIN, top + scale * H + 5, V * tile - GAP, float(scores[t]), eta)
+        pages.append(page.quantize(256))
+    pause = [400] * (T - 1) + [2500]  # milliseconds
+    pages[0].save(path, save_all=True, append_images=pages[1:], duration=pause, loop=0, optimize=False)
+
+
+def contact_sheet(path, true_frames, imagined_frames, scores_true, scores_imagined, title, success, eta=0.5,
+                  columns=8, scale=2):
+    """Write a PNG of up to `columns` evenly spaced moments, first and last included; else as `film_strip`."""
+    T, V, H, W, _ = true_frames.shape
+    times = np.unique(np.linspace(0, T - 1, min(columns, T)).round().astype(int))
+    tile, block, top = scale * W + GAP, V * (scale * H + GAP) + BAR + 8, TOP + 20
+    page, draw = _page(MARGIN + len(times) * tile, top + 2 * block + 16, title, success)
+    for name, frames, scores in [("true", true_frames, scores_true),
+                                 ("imagined", imagined_frames, scores_imagined)]:
+        draw.text((8, top + 4), name, INK, _font(17))
+        draw.text((8, top + block - BAR - 9), "P(done)", INK, _font(13))
+        for v in range(V):
+            draw.text((8, top + v * (scale * H + GAP) + scale * H // 2 - 8), VIEWS[v], GRAY, _font(13))
+        for column, t in enumerate(times):
+            left = MARGIN + column * tile
+            if name == "true":
+                draw.text((left, TOP), f"chunk {t}", GRAY, _font(13))
+            for v in range(V):
+                page.paste(_enlarged(frames[t, v], scale), (left, top + v * (scale * H + GAP)))
+            _score_bar(draw, left, top + V * (scale * H + GAP) - 1, scale * W, float(scores[t]), eta)
+        top += block
+    caption = "same actions above and below; bar: reflector's score; line: stop threshold; green: it would stop"
+    draw.text((MARGIN, top - 4), caption, GRAY, _font(13))
+    page.save(path)
+
+
+def _page(width, height, title, success):
+    page = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(page)
+    size = next(size for size in range(16, 7, -1) if size == 8 or _font(size).getlength(title) <= width - 16)
+    draw.text((8, 4), title, INK, _font(size))
+    outcome = "true outcome: success" if success else "true outcome: failure"
+    draw.text((8, 24), outcome, GREEN if success else ORANGE, _font(13))
+    return page, draw
+
+
+def _score_bar(draw, left, top, width, score, eta):
+    """A bar filled to the score, a line at eta, the number behind it; green where it would stop the episode."""
+    if math.isnan(score):
+        return
+    length, color = width - 36, GREEN if score > eta else BLUE
+    draw.rectangle((left, top, left + length, top + 12), PALE)
+    draw.rectangle((left, top, left + round(length * score), top + 12), color)
+    draw.line((left + length * eta, top - 2, left + length * eta, top + 14), INK, 1)
+    draw.text((left + width, top - 1), f"{score:.2f}", INK, _font(13), anchor="ra")
+
+
+def _enlarged(image, scale):
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    return picture.resize((scale * picture.width, scale * picture.height), Image.Resampling.BICUBIC)
+
+
+def _font(size):
+    return ImageFont.load_default(size)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Learning curves
+# ----------------------------------------------------------------------------------------------------------
+PANELS = [  # title, stage in log.jsonl, metrics drawn in it
+    ("clone: loss", "clone", ["loss"]),
+    ("world simulator: loss", "simulate", ["loss"]),
+    ("reflector", "reflect", ["loss", "accuracy"]),
+    ("imagine: success and reward", "imagine", ["imagined_success", "reward"]),
+    ("imagine: chunks until the stop", "imagine", ["stop_chunk"]),
+    ("imagine: approx_kl", "imagine", ["approx_kl"]),
+    ("imagine: clipped and idle", "imagine", ["clip_frac", "groups_without_advantage"]),
+    ("imagine: entropy", "imagine", ["entropy"]),
+]
+
+
+def learning_curves(path, log_jsonl) -> None:
+    """Draw the run's log (one JSON object {"stage", "step", **metrics} a line) as a PNG of small panels.
+
+    Of a step that was logged twice (a resumed run) the later line counts; a panel without data says so.
+    """
+    records = _read_log(Path(log_jsonl))
+    figure = Figure(figsize=(14, 6), layout="constrained")  # no pyplot: no display, no state
+    for axes, (title, stage, names) in zip(figure.subplots(2, 4).flat, PANELS):
+        axes.set_title(title, fontsize=11)
+        axes.spines[["top", "right"]].set_visible(False)
+        for name in names:
+            points = sorted((step, record[name]) for (where, step), record in records.items()
+                            if where == stage and name in record)
+            if points:
+                axes.plot(*zip(*points), marker="o" if len(points) < 30 else "", markersize=3, label=name)
+        if axes.lines:
+            axes.grid(alpha=0.25)
+            axes.set_xlabel("iteration" if stage == "imagine" else "step", fontsize=9)
+        else:
+            axes.set(xticks=[], yticks=[])
+            axes.text(0.5, 0.5, "nothing logged", ha="center", color="gray", transform=axes.transAxes)
+        if len(axes.lines) > 1:
+            axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+def _read_log(path) -> dict[tuple[str, int], dict]:
+    records = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the run was killed while it wrote this line
+        records[record["stage"], record["step"]] = record
+    return records

@@ -1,0 +1,255 @@
+"""The run folder: locks, stages, checkpoints, the log, and the one training loop that every stage shares.
+
+A stage's product is written to `<stage>.tmp/` and renamed to `<stage>/` when it is complete, so a killed run goes on
+where it was with the same command. Weights and optimiser state are safetensors, everything else is JSON: nothing is
+ever unpickled. All randomness of a training step comes from one generator seeded by (seed, step), so a checkpoint needs
+no random state and a resumed run equals a straight one bit for bit.
+"""
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """Something the user can mend. The message is one line that says what to do; the program exits with code 2."""
+
+
+@contextmanager
+def clear_errors():
+    """Turn what a user can mend into one line on stderr and exit code 2; anything else keeps its traceback."""
+    try:
+        yield
+    except UserError as error:
+        sys.exit(_say(error))
+    except KeyboardInterrupt:
+        sys.exit(_say("stopped; the same command goes on from the last checkpoint", code=130))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        sys.exit(_say(f"{error.strerror}{where}: free space or choose another --output_dir, then run the same command"))
+
+
+def _say(message, code=2) -> int:
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    return code
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+def write_json(path, value):
+    """Atomic: a reader sees the old file or the new one, never half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".writing")
+    temporary.write_text(json.dumps(value, indent=2))
+    os.replace(temporary, path)
+
+
+def read_json(path) -> dict:
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: is this the folder of a finished stage?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(f"{path} is not readable JSON (truncated?): delete its folder and run the same command") from None
+
+
+def _write_tensors(path, tensors):
+    temporary = Path(path).with_name(Path(path).name + ".writing")
+    save_file({key: value.detach().contiguous().cpu() for key, value in tensors.items()}, temporary)
+    os.replace(temporary, path)
+
+
+def _read_tensors(path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: is this the folder of a finished stage?") from None
+    except SafetensorError:
+        raise UserError(f"{path} is not a whole safetensors file (truncated?): delete its folder and run the same "
+                        "command") from None
+
+
+def save_model(folder, module, config: dict):
+    """Write `model.safetensors` and `config.json` into `folder`."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    _write_tensors(Path(folder) / "model.safetensors", module.state_dict())
+    write_json(Path(folder) / "config.json", config)
+
+
+def load_weights(folder, module):
+    """Load `folder/model.safetensors` into `module`; keys and shapes must match exactly."""
+    path = Path(folder) / "model.safetensors"
+    try:
+        module.load_state_dict(_read_tensors(path))
+    except RuntimeError as error:
+        detail = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise UserError(f"{path} does not fit its config.json: {detail}") from None
+    return module
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run folder
+# ---------------------------------------------------------------------------------------------------------------------
+class Run:
+    """A folder with one sub-folder a stage, a log of JSON lines, and a lock that lets in one process at a time."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.folder / ".lock", "w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{self.folder} is in use by another process: wait for it, or choose another "
+                            "--output_dir") from None
+
+    def path(self, stage) -> Path:
+        return self.folder / stage
+
+    def done(self, stage, settings) -> bool:
+        """Is the stage finished? UserError if it was made with other settings than today's."""
+        self._check(self.path(stage), settings)
+        return self.path(stage).is_dir()
+
+    def _check(self, folder, settings):
+        path = folder / "settings.json"
+        made = _flat(read_json(path)) if path.exists() else {}
+        now = _flat(json.loads(json.dumps(settings)))
+        for key in sorted(made.keys() | now.keys() if made else ()):
+            if made.get(key) != now.get(key):
+                raise UserError(f"{folder} was made with --{key} {made.get(key)}, this command says {now.get(key)}: "
+                                "choose another --output_dir, or delete that folder and those of the later stages")
+
+    def seconds(self) -> dict[str, float]:
+        """Wall time of every finished stage, all its attempts added up."""
+        path = self.folder / "seconds.json"
+        return read_json(path) if path.exists() else {}
+
+    @contextmanager
+    def stage(self, name, settings):
+        """Yield the stage's unfinished folder; rename it to its final name when the body ends without an error."""
+        unfinished, start = self.folder / f"{name}.tmp", time.time()
+        self._check(unfinished, settings)
+        unfinished.mkdir(exist_ok=True)
+        write_json(unfinished / "settings.json", settings)
+        try:
+            yield unfinished
+        finally:
+            write_json(self.folder / "seconds.json",
+                       self.seconds() | {name: round(self.seconds().get(name, 0.0) + time.time() - start, 1)})
+        for leftover in [*unfinished.glob("*.writing"), *unfinished.glob("resume.*")]:
+            leftover.unlink()
+        shutil.rmtree(self.path(name), ignore_errors=True)
+        os.replace(unfinished, self.path(name))
+
+    def log(self, stage, step, metrics):
+        """Append one JSON line to `log.jsonl`."""
+        line = {"stage": stage, "step": step} | {key: round(float(value), 6) for key, value in metrics.items()}
+        with open(self.folder / "log.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _flat(values, prefix="") -> dict:
+    """{"a": {"b": 1}} -> {"a.b": 1}: the names of the command line's flags."""
+    return {key: value for name, inner in values.items() for key, value in
+            (_flat(inner, f"{prefix}{name}.") if isinstance(inner, dict) else {f"{prefix}{name}": inner}).items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+def step_generator(seed, step, device="cpu") -> torch.Generator:
+    """The source of all randomness of training step `step`."""
+    return torch.Generator(device).manual_seed((seed * 1_000_003 + step) * 2_654_435_761 % 2**63)
+
+
+def save_resume(folder, step, model, optimizer):
+    """Weights, optimiser state and step, in one safetensors file."""
+    tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
+    _write_tensors(Path(folder) / "resume.safetensors", tensors | {"step": torch.tensor(step)})
+
+
+def load_resume(folder, model, optimizer) -> int:
+    """Restore what `save_resume` wrote and return its step; 0 where there is nothing to resume."""
+    path = Path(folder) / "resume.safetensors"
+    if not path.exists():
+        return 0
+    tensors = _read_tensors(path)
+    step, optimizer_state = int(tensors.pop("step")), {}
+    for key in [key for key in tensors if key.startswith("optimizer.")]:
+        _, index, name = key.split(".")
+        optimizer_state.setdefault(int(index), {})[name] = tensors.pop(key)
+    try:
+        model.load_state_dict({key.removeprefix("model."): value for key, value in tensors.items()})
+    except RuntimeError:
+        raise UserError(f"{path} is of another configuration: delete {folder} and run the same command") from None
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": optimizer_state})
+    return step
+
+
+@dataclass
+class FitConfig:
+    """Supervised training of one component: AdamW, linear warm-up, cosine decay, weights averaged over the end."""
+    steps: int = 1000  # optimiser steps
+    batch_size: int = 32  # samples a step
+    lr: float = 1e-3  # peak learning rate
+    warmup: int = 100  # steps of linear warm-up
+    weight_decay: float = 0.01  # AdamW's decoupled weight decay
+    max_grad_norm: float = 1.0  # gradient norm above which gradients are scaled down
+    save_every: int = 250  # steps between resume checkpoints and log lines
+
+
+def fit(name, model, make_batch, loss_fn, config: FitConfig, folder, seed, device, log):
+    """Minimise `loss_fn(model, batch, generator) -> (loss, metrics)`; the one loop behind clone, simulate and reflect.
+
+    make_batch(step, generator): a training batch; generator lives on the CPU and is a function of (seed, step) alone.
+    log(step, metrics): receives the metrics averaged since the last call, every `save_every` steps.
+    Raises UserError at the first loss that is not finite.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    first, sums = load_resume(folder, model, optimizer), {}
+    model.train()
+    progress = tqdm(range(first, config.steps), initial=first, total=config.steps, desc=name, unit="step", mininterval=1)
+    for step in progress:
+        warm = min(1.0, (step + 1) / max(1, config.warmup))
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / config.steps)))
+        batch = make_batch(step, step_generator(seed, step))
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss, metrics = loss_fn(model, batch, step_generator(seed, step, device))
+        if not math.isfinite(loss.item()):
+            raise UserError(f"the loss of '{name}' is {loss.item()} at step {step}: lower its --*.lr and run the same "
+                            "command (it goes on from the last checkpoint)")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        optimizer.step()
+        for key, value in metrics.items():
+            total, count = sums.get(key, (0.0, 0))
+            sums[key] = (total + float(value), count + 1)
+        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+            log(step + 1, {key: total / count for key, (total, count) in sums.items()})
+            progress.set_postfix({key: f"{total / count:.4g}" for key, (total, count) in list(sums.items())[:3]})
+            sums = {}
+            save_resume(folder, step + 1, model, optimizer)
+    return model.eval()

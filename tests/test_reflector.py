@@ -1,0 +1,158 @@
+"""Promises of reflector.py."""
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from reflector import Reflector, ReflectorConfig, augment, reflector_loss, reflector_metrics
+from runs import UserError
+
+MILK, SOUP = "pick up the milk and place it in the basket", "pick up the soup and place it in the basket"
+
+
+def tiny(**changes):
+    torch.manual_seed(0)
+    return Reflector(ReflectorConfig(**{"image_size": 32, "channels": 16, "width": 32, **changes}))
+
+
+def clips(count=8, seed=0, T=5, size=32):
+    """Noise videos: the instruction means one of two places; done once a white square lies there."""
+    rng = np.random.default_rng(seed)
+    frames = rng.integers(0, 120, (count, T, 2, 3, size, size), dtype=np.uint8)
+    texts, labels = [MILK if i % 2 else SOUP for i in range(count)], np.zeros((count, T), np.float32)
+    for i in range(count):
+        done, left = rng.integers(1, T), rng.random() < 0.5
+        frames[i, done:, :, :, 12:20, slice(4, 12) if left else slice(20, 28)] = 255
+        labels[i, done:] = float(left == (texts[i] == MILK))
+    return {"frames": torch.from_numpy(frames), "instruction": texts, "labels": torch.from_numpy(labels),
+            "valid": torch.ones(count, T, dtype=torch.bool)}
+
+
+def test_overfits_eight_clips_whose_success_depends_on_the_instruction():
+    model, batch = tiny(shift=1), clips()
+    assert 0 < batch["labels"].mean() < 1
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for step in range(80):
+        loss, metrics = reflector_loss(model, batch, torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert metrics["loss"] < 0.05 and metrics["accuracy"] == 1
+    scores = torch.sigmoid(model(batch["frames"], batch["instruction"])).detach().numpy()
+    assert reflector_metrics(scores, batch["labels"].numpy(), batch["valid"].numpy(), 0.5)["auroc"] == 1
+    swapped = [MILK if text == SOUP else SOUP for text in batch["instruction"]]
+    assert (model(batch["frames"], swapped) - model(batch["frames"], batch["instruction"])).abs().max() > 1
+
+
+def test_does_not_depend_on_the_order_of_the_batch():
+    model, batch, order = tiny(), clips(), torch.tensor([3, 0, 7, 1, 6, 2, 5, 4])
+    expected = model(batch["frames"], batch["instruction"])[order]
+    got = model(batch["frames"][order], [batch["instruction"][i] for i in order])
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_score_sees_the_first_previous_and_current_frame_and_no_other():
+    model, batch = tiny(), clips(count=2)
+    before = model(batch["frames"], batch["instruction"])
+    for changed, seen in [(0, {0, 1, 2, 3, 4}), (2, {2, 3}), (4, {4})]:
+        frames = batch["frames"].clone()
+        frames[:, changed] = 255 - frames[:, changed]
+        difference = (model(frames, batch["instruction"]) - before).abs().amin(dim=0)
+        unseen = (model(frames, batch["instruction"]) - before).abs().amax(dim=0)
+        for t in range(5):
+            assert difference[t] > 0 if t in seen else unseen[t] < 1e-6, (changed, t)
+
+
+def test_score_is_the_sigmoid_of_forward():
+    model, batch = tiny(), clips(count=3)
+    frames = batch["frames"]
+    logits = model(frames, batch["instruction"])
+    for t, previous in [(0, 0), (1, 0), (4, 3)]:
+        score = model.score(frames[:, 0], frames[:, previous], frames[:, t], batch["instruction"])
+        torch.testing.assert_close(score, torch.sigmoid(logits[:, t]))
+        assert score.shape == (3,) and not score.requires_grad
+
+
+def test_frames_beyond_valid_change_neither_loss_nor_gradient():
+    model, batch = tiny(), clips()
+    batch["valid"][:4, 3:] = False
+    results = []
+    for garbage in (0, 255):
+        batch["frames"][:4, 3:], batch["labels"][:4, 3:] = garbage, garbage / 255
+        loss, metrics = reflector_loss(model, batch, torch.Generator().manual_seed(1))
+        model.zero_grad()
+        loss.backward()
+        results.append((metrics, torch.cat([p.grad.flatten() for p in model.parameters()])))
+    assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
+    batch["frames"][:4, 2] = 255  # the last valid frame counts
+    assert reflector_loss(model, batch, torch.Generator().manual_seed(1))[1]["loss"] != results[1][0]["loss"]
+
+
+def test_loss_is_weighted_binary_cross_entropy():
+    batch = clips()
+    logits = tiny()(batch["frames"], batch["instruction"]).detach()
+    labels = batch["labels"]
+    by_hand = -(3 * labels * torch.sigmoid(logits).log() + (1 - labels) * torch.sigmoid(-logits).log()).mean()
+    loss, _ = reflector_loss(tiny(positive_weight=3.0, shift=0, brightness=0.0), batch, torch.Generator())
+    torch.testing.assert_close(loss, by_hand)
+
+
+def test_augmentation_is_the_same_at_all_times_differs_between_samples_and_repeats_with_the_seed():
+    frame = torch.randint(0, 200, (6, 1, 2, 3, 32, 32), dtype=torch.uint8)
+    frames, config = frame.expand(6, 4, 2, 3, 32, 32), ReflectorConfig()
+    out = augment(frames, config, torch.Generator().manual_seed(0))
+    assert out.dtype == torch.uint8 and out.shape == frames.shape and not torch.equal(out, frames)
+    assert torch.equal(out, out[:, :1].expand_as(out))
+    assert torch.equal(out, augment(frames, config, torch.Generator().manual_seed(0)))
+    assert not torch.equal(out, augment(frames, config, torch.Generator().manual_seed(1)))
+    shifted = augment(frames, ReflectorConfig(shift=2, brightness=0.0), torch.Generator().manual_seed(0))
+    moves = [[next((dy, dx) for dy in range(-2, 3) for dx in range(-2, 3) if torch.equal(
+        shifted[b, 0, v, :, 4:28, 4:28], frame[b, 0, v, :, 4 + dy:28 + dy, 4 + dx:28 + dx]))
+        for v in range(2)] for b in range(6)]
+    assert len({move for pair in moves for move in pair}) > 3
+
+
+def test_metrics_of_hand_made_episodes():
+    labels = np.array([[0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 1, 1]])
+    scores = np.array([[0.1, 0.1, 0.2, 0.9],   # right, one chunk late
+                       [0.1, 0.8, 0.9, 0.9],   # stops one chunk too early: false
+                       [0.1, 0.6, 0.1, 0.1],   # a failure taken for a success: false
+                       [0.1, 0.1, 0.1, 0.9],   # its last frame isn't valid: never stops
+                       [0.1, 0.2, 0.3, 0.4]])  # a success that is missed
+    valid = np.ones((5, 4), bool)
+    valid[3, 3] = False
+    metrics = reflector_metrics(scores, labels, valid, eta=0.5)
+    assert metrics["false_stop_rate"] == 2 / 5
+    assert metrics["missed_rate"] == 1 / 3
+    assert metrics["stop_delay"] == 1
+    assert metrics["precision"] == 3 / 5 and metrics["recall"] == 3 / 7
+    assert (metrics["frames"], metrics["episodes"]) == (19, 5)
+    never = reflector_metrics(scores * 0, labels * 0, valid, eta=0.5)
+    assert [never[key] for key in ("auroc", "precision", "recall", "missed_rate", "stop_delay")] == [None] * 5
+    assert never["false_stop_rate"] == 0
+    json.dumps(metrics), json.dumps(never)
+
+
+def test_auroc_counts_ties_half_and_brier_and_ece_are_by_hand():
+    valid = np.ones((1, 4), bool)
+    metrics = reflector_metrics(np.array([[0.15, 0.45, 0.45, 0.85]]), np.array([[0, 0, 1, 1]]), valid, 0.5)
+    assert metrics["auroc"] == (1 + 1 + 0.5 + 1) / 4
+    assert metrics["brier"] == pytest.approx((0.15**2 + 0.45**2 + 0.55**2 + 0.15**2) / 4)
+    assert metrics["ece"] == pytest.approx((0.15 + abs(0.9 - 1) + 0.15) / 4)
+    rng = np.random.default_rng(0)
+    scores, labels = rng.integers(0, 5, (4, 9)) / 5, rng.integers(0, 2, (4, 9))
+    pairs = [(p > n) + 0.5 * (p == n) for p in scores[labels == 1] for n in scores[labels == 0]]
+    assert reflector_metrics(scores, labels, np.ones((4, 9)), 0.5)["auroc"] == pytest.approx(np.mean(pairs))
+
+
+def test_save_and_load_are_bit_equal_and_a_foreign_folder_is_refused(tmp_path):
+    model, batch = tiny(positive_weight=0.5), clips(count=2)
+    model.save_pretrained(tmp_path)
+    loaded = Reflector.from_pretrained(tmp_path)
+    assert loaded.config == model.config
+    frames, texts = batch["frames"], batch["instruction"]
+    assert torch.equal(loaded(frames, texts), model(frames, texts))
+    (tmp_path / "config.json").write_text('{"depth": 3}')
+    with pytest.raises(UserError, match="train again"):
+        Reflector.from_pretrained(tmp_path)

@@ -1,0 +1,351 @@
+"""World-Env (arXiv 2509.24948, CVPR 2026 as RehearseVLA): improve a VLA policy by reinforcement learning in imagination.
+
+    demonstrate ─► clone ─► explore ─► simulate ─► reflect ─► imagine ─► evaluate
+    5 demos/task   policy   episodes   world       reward,    RLOO+PPO   true LIBERO,
+                            + failures simulator   stop       (Alg. 1)   before and after
+
+Every stage reads what earlier stages left under runs/<task>/ and leaves its own folder there. A finished stage is
+skipped; a killed run goes on where it was with the same command. To redo a stage, delete its folder and those after it.
+
+    python train.py --task libero_object                                   # everything, in an hour on two cores
+    python train.py --task libero_object --preset tiny                     # all stages on two tasks in minutes
+    python train.py --task libero_object --stages imagine evaluate --ppo.clip_coef 0.2 --output_dir runs/clip02
+"""
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from tqdm import tqdm
+
+import report
+from demonstrations import collect_demonstrations, read_demonstrations
+from episodes import ChunkData, CloneData, Normalizer, StartContext, load_episodes
+from evaluate import (EvaluateConfig, compare, evaluate_policies, film, imagined_success, load_policies, pick_device,
+                      play, proportion, reflector_quality, world_fidelity)
+from geometry import Cameras
+from libero_env import LiberoContext, LiberoTask, LiberoVectorEnv, load_suite, single_threaded_children, step_limit
+from policy import Policy, PolicyConfig, clone_loss
+from ppo import PPOConfig, improve, make_optimizer
+from reflector import Reflector, ReflectorConfig, reflector_loss
+from runs import (FitConfig, Run, UserError, clear_errors, fit, load_resume, read_json, save_resume, step_generator,
+                  write_json)
+from world_model import VirtualEnv, VirtualEnvConfig, WorldModel, WorldModelConfig, world_model_loss
+
+STAGES = ("demonstrate", "clone", "explore", "simulate", "reflect", "imagine", "evaluate")
+
+
+@dataclass
+class ExploreConfig:
+    episodes: int = 8  # episodes a task
+    held_out: int = 1  # of these, episodes a task that nothing is trained on; they measure simulator and reflector
+    temperature: float = 1.0  # multiplies the Laplace scale b of the cloned policy
+    linger: int = 2  # chunks to go on after the goal is reached, so that there are frames of a task that is done
+    mesh_cell: float = 0.006  # m; vertices closer than this are merged in demonstrations and exploration (0: never)
+
+
+@dataclass
+class StartConfig:
+    midway: float = 0.5  # fraction of imagined rollouts that start inside a recorded episode, the others at its start
+
+
+@dataclass
+class TrainConfig:
+    """World-Env: demonstrate, clone, explore, simulate, reflect, imagine, evaluate."""
+    task: str = "libero_object"  # LIBERO suite
+    preset: Literal["tiny", "small"] = "small"  # sizes of everything; any flag given beside it wins
+    task_ids: tuple[int, ...] = ()  # tasks of the suite; empty: all of them
+    seed: int = 0  # of placements, networks, batches and noise
+    output_dir: str = ""  # run folder; empty: runs/<task>
+    stages: tuple[Literal["demonstrate", "clone", "explore", "simulate", "reflect", "imagine", "evaluate"],
+                  ...] = STAGES  # stages to run; the others' products must be there
+    demos: str = ""  # folder with official LIBERO HDF5 demonstrations; empty: a scripted expert makes them
+    num_demos: int = 5  # demonstrations a task
+    rl_env: Literal["virtual", "libero"] = "virtual"  # where RL happens: in imagination, or in the true simulator
+    device: str = "auto"  # "auto" takes the GPU where there is one; or "cpu", "cuda"
+    num_procs: int = 0  # simulator processes; 0: one a core
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    clone: FitConfig = field(default_factory=lambda: FitConfig(steps=3000, batch_size=32, lr=1e-3))
+    explore: ExploreConfig = field(default_factory=ExploreConfig)
+    world_model: WorldModelConfig = field(default_factory=WorldModelConfig)
+    simulate: FitConfig = field(default_factory=lambda: FitConfig(steps=1000, batch_size=16, lr=5e-4))
+    reflector: ReflectorConfig = field(default_factory=ReflectorConfig)
+    reflect: FitConfig = field(default_factory=lambda: FitConfig(steps=600, batch_size=32, lr=1e-3))
+    virtual: VirtualEnvConfig = field(default_factory=VirtualEnvConfig)
+    start: StartConfig = field(default_factory=StartConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+def tiny() -> TrainConfig:
+    """All seven stages on two tasks in about three minutes: the machinery, not the method's success."""
+    fast = dict(warmup=5, save_every=10)
+    return TrainConfig(
+        preset="tiny", task_ids=(0, 1), num_demos=1, policy=PolicyConfig.tiny(),
+        clone=FitConfig(steps=60, batch_size=16, **fast), explore=ExploreConfig(episodes=2),
+        world_model=WorldModelConfig(channels=(16, 32, 32), patch=4), simulate=FitConfig(steps=30, batch_size=8, **fast),
+        reflector=ReflectorConfig(channels=16, width=32), reflect=FitConfig(steps=30, batch_size=8, **fast),
+        virtual=VirtualEnvConfig(horizon=3), ppo=PPOConfig(iterations=2, groups=2, group_size=4, minibatch=32),
+        evaluate=EvaluateConfig(episodes=1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+# ---------------------------------------------------------------------------------------------------------------------
+def train(config: TrainConfig):
+    """Run the chosen stages in the method's order and print the report."""
+    suite = load_suite(config.task)
+    config = replace(config, task_ids=tuple(config.task_ids) or tuple(range(suite.n_tasks)),
+                     num_procs=config.num_procs or os.cpu_count() or 1)
+    wrong = [task for task in config.task_ids if not 0 <= task < suite.n_tasks]
+    if wrong:
+        raise UserError(f"{config.task} has no task {wrong[0]}: --task_ids takes numbers from 0 to {suite.n_tasks - 1}")
+    run = Run(config.output_dir or Path("runs") / config.task)
+    write_json(run.folder / "config.json", asdict(config))
+    device = pick_device(config.device)
+    print(f"{config.task}, {len(config.task_ids)} tasks, preset {config.preset}, seed {config.seed}, on {device} with "
+          f"{config.num_procs} simulator processes -> {run.folder}")
+    steps = {"demonstrate": demonstrate, "clone": clone, "explore": explore, "simulate": simulate, "reflect": reflect,
+             "imagine": imagine, "evaluate": evaluate}
+    for name, step in steps.items():
+        settings = stage_settings(config, name)
+        if run.done(name, settings):
+            continue
+        if name in config.stages:
+            with run.stage(name, settings) as folder:
+                step(config, run, folder, device)
+        elif name != "evaluate":
+            raise UserError(f"{run.path(name)} is missing: add {name} to --stages")
+    if run.path("evaluate").is_dir():
+        finish(config, run)
+
+
+def stage_settings(config, name) -> dict:
+    """The part of the configuration that a finished stage depends on directly."""
+    sections = {"demonstrate": ("demos", "num_demos"), "clone": ("policy", "clone"), "explore": ("explore",),
+                "simulate": ("world_model", "simulate"), "reflect": ("reflector", "reflect"),
+                "imagine": ("virtual", "start", "ppo", "rl_env"), "evaluate": ("evaluate",)}
+    values = asdict(config)
+    return {key: values[key] for key in ("task", "task_ids", "seed", *sections[name])}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1 demonstrate
+# ---------------------------------------------------------------------------------------------------------------------
+def demonstrate(config, run, folder, device):
+    """Five demonstrations a task, from the scripted expert or from the user's files, and where the cameras are."""
+    names = {task: load_suite(config.task).get_task(task).name for task in config.task_ids}
+    source = Path(config.demos) if config.demos else folder
+    if not config.demos:
+        missing = [task for task in config.task_ids if not (folder / f"{names[task]}_demo.hdf5").exists()]
+        arguments = [(config.task, task, config.num_demos, config.seed, folder, config.explore.mesh_cell)
+                     for task in missing]
+        in_processes(collect_demonstrations, arguments, config.num_procs, "demonstrate", "task")
+    elif not source.is_dir():
+        raise UserError(f"--demos {source} is not a folder: give the one that holds LIBERO's *_demo.hdf5 files")
+    episodes = []
+    for task, name in names.items():
+        episodes += read_demonstrations(source / f"{name}_demo.hdf5", task, config.num_demos, config.policy.image_size)
+    (folder / "episodes").mkdir(exist_ok=True)
+    for number, episode in enumerate(episodes):
+        episode.save(folder / "episodes" / f"{number:04d}.npz")
+    write_json(folder / "normalizer.json", Normalizer.fit(episodes).to_dict())
+    task = LiberoTask(config.task, config.task_ids[0])
+    task.reset(seed=config.seed)
+    write_json(folder / "cameras.json", task.cameras().to_dict())
+    task.close()
+
+
+def in_processes(function, arguments, num_procs, name, unit):
+    """Call a top-level function with every tuple of arguments, one process a core, under a progress bar."""
+    with single_threaded_children(), ProcessPoolExecutor(
+            num_procs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(function, *values) for values in arguments]
+        for future in tqdm(as_completed(futures), total=len(futures), desc=name, unit=unit):
+            future.result()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2 clone, 3 explore
+# ---------------------------------------------------------------------------------------------------------------------
+def clone(config, run, folder, device):
+    """Supervised training of the policy and its Laplace scale head on the demonstrations."""
+    normalizer = Normalizer.from_dict(read_json(run.path("demonstrate") / "normalizer.json"))
+    data = CloneData(demonstrations(run), normalizer, config.policy.chunk_size, device)
+    torch.manual_seed(config.seed)
+    policy = Policy(config.policy, normalizer).to(device)
+    fit("clone", policy, lambda step, generator: data.batch(config.clone.batch_size, generator), clone_loss,
+        config.clone, folder, config.seed, device, lambda step, metrics: run.log("clone", step, metrics))
+    policy.save_pretrained(folder)
+
+
+def explore(config, run, folder, device):
+    """The cloned policy acts in the true simulator with a ~ Laplace(loc, b * temperature); everything is kept."""
+    policy = Policy.from_pretrained(run.path("clone")).to(device)
+    contexts = [LiberoContext(task, seed=100_000 * (config.seed + 1) + number)
+                for task in config.task_ids for number in range(config.explore.episodes)]
+    env = LiberoVectorEnv(config.task, config.num_procs, config.policy.image_size, config.policy.chunk_size,
+                          linger=config.explore.linger, mesh_cell=config.explore.mesh_cell, device=device)
+    try:
+        lines = play(policy, env, contexts, folder, "explore", config.seed, False, config.explore.temperature)
+    finally:
+        env.close()
+    print(f"explore: {sum(line['oracle_stop'] for line in lines)} of {len(lines)} episodes succeeded")
+
+
+def demonstrations(run):
+    return load_episodes(run.path("demonstrate") / "episodes")
+
+
+def explored(config, run):
+    """(training episodes, held-out episodes): the last `held_out` of every task are never trained on."""
+    episodes = load_episodes(run.path("explore"))
+    first_held_out = 100_000 * (config.seed + 1) + config.explore.episodes - config.explore.held_out
+    return ([episode for episode in episodes if episode.seed < first_held_out],
+            [episode for episode in episodes if episode.seed >= first_held_out])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4 simulate, 5 reflect
+# ---------------------------------------------------------------------------------------------------------------------
+def simulate(config, run, folder, device):
+    """The world simulator, trained on demonstrations + exploration; its error on held-out episodes."""
+    normalizer = Normalizer.from_dict(read_json(run.path("demonstrate") / "normalizer.json"))
+    cameras = Cameras.from_dict(read_json(run.path("demonstrate") / "cameras.json"))
+    training, held_out = explored(config, run)
+    data = ChunkData(demonstrations(run) + training, config.policy.chunk_size, device)
+    torch.manual_seed(config.seed)
+    world = WorldModel(config.world_model, cameras, normalizer).to(device)
+    fit("simulate", world, lambda step, generator: data.world_batch(config.simulate.batch_size, generator),
+        world_model_loss, config.simulate, folder, config.seed, device,
+        lambda step, metrics: run.log("simulate", step, metrics))
+    world.save_pretrained(folder)
+    write_json(folder / "held_out.json", world_fidelity(world, held_out))
+
+
+def reflect(config, run, folder, device):
+    """The reflector, trained on the same frames with their true success labels; its quality on held-out episodes."""
+    training, held_out = explored(config, run)
+    data = ChunkData(demonstrations(run) + training, config.policy.chunk_size, device)
+    torch.manual_seed(config.seed)
+    reflector = Reflector(config.reflector).to(device)
+    fit("reflect", reflector, lambda step, generator: data.frame_batch(config.reflect.batch_size, generator),
+        reflector_loss, config.reflect, folder, config.seed, device,
+        lambda step, metrics: run.log("reflect", step, metrics))
+    reflector.save_pretrained(folder)
+    write_json(folder / "held_out.json", reflector_quality(reflector, held_out, config.policy.chunk_size,
+                                                           config.virtual.eta))
+
+
+def load_world(run, device):
+    """The virtual environment's two halves, frozen."""
+    return (WorldModel.from_pretrained(run.path("simulate")).to(device).eval().requires_grad_(False),
+            Reflector.from_pretrained(run.path("reflect")).to(device).eval().requires_grad_(False))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6 imagine
+# ---------------------------------------------------------------------------------------------------------------------
+def imagine(config, run, folder, device):
+    """RLOO + PPO (Algorithm 1) from the cloned policy, in the virtual environment or, as a baseline, in the true one."""
+    policy = Policy.from_pretrained(run.path("clone")).to(device)
+    optimizer = make_optimizer(policy, config.ppo)
+    first = load_resume(folder, policy, optimizer)
+    env, draw_contexts = virtual_world(config, run, device) if config.rl_env == "virtual" else true_world(config, device)
+    try:
+        for iteration in tqdm(range(first, config.ppo.iterations), initial=first, total=config.ppo.iterations,
+                              desc="imagine", unit="iteration"):
+            env.reset_noise(iteration)
+            metrics = improve(policy, optimizer, env, draw_contexts, config.ppo, step_generator(config.seed, iteration))
+            run.log("imagine", iteration + 1, metrics)
+            save_resume(folder, iteration + 1, policy, optimizer)
+    finally:
+        env.close()
+    policy.save_pretrained(folder)
+
+
+def virtual_world(config, run, device):
+    """The virtual environment, and start contexts drawn from recorded frames in which the task is not done."""
+    training, _ = explored(config, run)
+    data = ChunkData(demonstrations(run) + training, config.policy.chunk_size, device)
+    openings = [(k, 0) for k in range(len(data.tracks))]
+    midway = [(k, t) for k, t in data.index if t and not data.tracks[k].success[:t + 1].any()]
+
+    def draw(count, generator) -> list[StartContext]:
+        inside = torch.rand(count, generator=generator) < config.start.midway
+        pools = [midway if value else openings for value in inside]
+        return data.starts([pool[int(torch.randint(len(pool), (), generator=generator))] for pool in pools])
+
+    world, reflector = load_world(run, device)
+    virtual = replace(config.virtual, seed=config.seed)
+    return VirtualEnv(world, reflector, virtual, config.ppo.groups * config.ppo.group_size, config.ppo.group_size), draw
+
+
+def true_world(config, device):
+    """The RIPT-VLA baseline: the same loop, the true simulator, sparse true rewards."""
+    env = LiberoVectorEnv(config.task, config.num_procs, config.policy.image_size, config.policy.chunk_size,
+                          mesh_cell=config.explore.mesh_cell, device=device)
+
+    def draw(count, generator) -> list[LiberoContext]:
+        return [LiberoContext(config.task_ids[int(torch.randint(len(config.task_ids), (), generator=generator))],
+                              10_000_000 + int(torch.randint(10**6, (), generator=generator))) for _ in range(count)]
+    return env, draw
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7 evaluate
+# ---------------------------------------------------------------------------------------------------------------------
+def evaluate(config, run, folder, device):
+    """Cloned and post-trained policy in both worlds, from the same benchmark states; film strips of both worlds."""
+    world, reflector = load_world(run, device)
+    policies, sizes = load_policies(run.folder, device), config.policy
+    lines = evaluate_policies(policies, reflector, config.task, config.task_ids, config.evaluate.episodes, folder,
+                              sizes.image_size, sizes.chunk_size, config.num_procs, config.virtual.eta, device)
+    results = compare(lines) | {"imagined": {}}
+    episodes = {name: load_episodes(folder / name) for name in policies}
+    if config.evaluate.imagine:
+        starts = ChunkData(episodes["cloned"], sizes.chunk_size, device)
+        starts = starts.starts([(k, 0) for k in range(len(starts.tracks))])
+        horizon = step_limit(config.task) // sizes.chunk_size
+        for name, policy in tqdm(policies.items(), desc="evaluate in imagination", unit="policy"):
+            results["imagined"][name] = proportion(imagined_success(policy, world, reflector, starts, horizon,
+                                                                    config.virtual.eta))
+    (folder / "videos").mkdir(exist_ok=True)
+    for task in tqdm(config.task_ids, desc="videos", unit="task"):
+        chosen = [episode for episode in episodes[list(policies)[-1]] if episode.task_id == task]
+        for number, episode in enumerate(chosen[:config.evaluate.videos]):
+            film(world, reflector, episode, folder / "videos" / f"task{task:02d}_{number}", episode.instruction)
+    write_json(folder / "results.json", results)
+
+
+def finish(config, run):
+    """results.json, report.md and the learning curves, from what the stages left; print the report."""
+    results = {"task": config.task, "preset": config.preset, "seed": config.seed}
+    results |= read_json(run.path("evaluate") / "results.json")
+    results |= {"world_model": read_json(run.path("simulate") / "held_out.json"),
+                "reflector": read_json(run.path("reflect") / "held_out.json"),
+                "videos": str(run.path("evaluate") / "videos"), "stages": run.seconds()}
+    write_json(run.folder / "results.json", results)
+    report.learning_curves(run.folder / "curves.png", run.folder / "log.jsonl")
+    text = report.results_table(results)
+    (run.folder / "report.md").write_text(text + "\n")
+    print(f"\n{text}\n\nWritten to {run.folder}: report.md, results.json, curves.png, evaluate/videos/")
+
+
+def parse(arguments: list[str]) -> TrainConfig:
+    """The preset first, then every flag on top of it."""
+    chosen = [value for flag, value in zip(arguments, arguments[1:]) if flag == "--preset"]
+    chosen += [flag.split("=", 1)[1] for flag in arguments if flag.startswith("--preset=")]
+    return tyro.cli(TrainConfig, default=tiny() if chosen == ["tiny"] else TrainConfig(), args=arguments)
+
+
+if __name__ == "__main__":
+    with clear_errors():
+        train(parse(sys.argv[1:]))
