@@ -90,24 +90,31 @@ class LiberoTask:
         with _quiet():
             from libero.libero.envs.env_wrapper import ControlEnv
             self.env = ControlEnv(bddl_file_name=benchmark.get_task_bddl_file_path(task_id), use_camera_obs=False,
-                                  has_offscreen_renderer=False, initialization_noise="default")
+                                  has_offscreen_renderer=False)
         self.env.env.hard_reset = False  # a soft reset gives the same trajectory 100 times faster
         self.env.env._update_observables = lambda force=False: None  # 25 updates a control step that nobody reads
         self.env.env._get_observations = lambda force_update=False: {}
         self._renderer = None
 
     def reset(self, seed=None, init_state=None):
-        """Start an episode: object placements drawn from `seed`, or the simulator state `init_state` (D,).
-
-        The soft reset must come before the state is set: without it the controller keeps the last episode's goal.
-        """
-        np.random.seed(seed)  # LIBERO's placement samplers use numpy's global generator
-        with _quiet():
-            self.env.reset()
-        if init_state is not None:
-            self.env.set_init_state(init_state)
+        """Start an episode: from `init_state` (D,), or from placements drawn with `seed` as the benchmark's were."""
+        if init_state is None:
+            np.random.seed(seed)  # LIBERO's placement samplers use numpy's global generator
+            self._soft_reset(joint_noise=0.02)
+            init_state = self.env.get_sim_state()
+        # A reset must come before the state is set: it gives the controller its goal. With another goal the hand turns
+        # by up to 20 degrees while it settles.
+        self._soft_reset(joint_noise=0.0)
+        self.env.set_init_state(init_state)
         for _ in range(SETTLE_STEPS):
             self.step(NO_OP)
+
+    def _soft_reset(self, joint_noise):
+        robot = self.env.robots[0]
+        robot.initialization_noise["magnitude"] = joint_noise
+        robot.gripper.current_action = np.zeros(robot.gripper.dof)  # a soft reset forgets this one
+        with _quiet():
+            self.env.reset()
 
     def step(self, action) -> bool:
         """One control step (50 ms) with action (7,); True while the task's goal holds."""

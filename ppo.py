@@ -2,25 +2,26 @@
 
     start contexts ──► each one K times ──► rollout ──► R_n, one number a rollout ──► RLOO ──► PPO
                                             ▲     ▲
-              policy: a_t ~ Laplace(loc, b) ┘     └ env: the virtual world or the true simulator, the same code
+              policy: a_t ~ Laplace(loc, b) ┘     └ env: the virtual world or the true simulator
 
-`improve` is one iteration. Policy and world are only called, never imported: `policy(obs)` returns a distribution with
-`tempered`, `sample`, `log_prob`, `entropy` and `mode`; the world follows gymnasium's vector API on action chunks.
-`rollout` explores and evaluates as well.
+`improve` is one iteration. Policy and world are only called, never imported: `policy(obs)` returns a
+distribution with `tempered`, `sample`, `log_prob`, `entropy` and `mode`; the world follows gymnasium's vector
+API on action chunks. `rollout` explores and evaluates as well.
 
 Departures from Algorithm 1, and what the paper leaves open:
  1. One ratio a control step: summed over the A dimensions, not over the L steps of a chunk.
- 2. π_old is not a second network but its log-probabilities, scored before the first step on the very minibatches of
-    the first epoch. Rounding is then the same and the first ratio is exactly 1. `log_prob_gap` is their distance to
-    what the sampler recorded: it shows a sampler that differs from the scorer, which a ratio of 1 would hide.
- 3. The buffer is a whole number of groups; iterations, groups and epochs are ours. With one ratio a step, clip 0.1 is a
-    narrow trust region (loc may move by some 5 % of b): on the toy of tests/test_ppo.py one epoch learned faster
-    than four.
+ 2. π_old is not a second network but its log-probabilities, scored before the first step on the very
+    minibatches of the first epoch. Rounding is then the same and the first ratio exactly 1. `log_prob_gap` is
+    their distance to what the sampler recorded: it shows a sampler that differs from the scorer, which a
+    ratio of 1 would hide.
+ 3. The buffer is a whole number of groups; iterations, groups and epochs are ours. With one ratio a step,
+    clip 0.1 is a narrow trust region (loc may move by about 0.1/√A of b): on the toy of tests/test_ppo.py
+    one epoch learns faster than four.
  4. The gradient's norm is clipped, and `temperature` scales b, in sampling and in scoring alike.
 As in the paper: no critic, no KL, no entropy bonus, rewards not divided by their deviation.
 
-Shapes: B rollouts = G groups × K, T time in chunks, V camera views, L action-chunk length, A action dimensions,
-C, H, W image, N chunks that were played.
+Shapes: B rollouts = G groups × K, T time in chunks, V camera views, L action-chunk length, A action
+dimensions, C, H, W image, N chunks that were played, lower-case b and n: some of them.
 
 Try it:  python -m pytest tests/test_ppo.py
 """
@@ -33,33 +34,34 @@ from runs import UserError
 
 @dataclass
 class PPOConfig:
+    """Post-training by Algorithm 1."""
     iterations: int = 100  # iterations of Algorithm 1: imagine, compare, update
     groups: int = 8  # start contexts in an iteration (G)
     group_size: int = 8  # rollouts from the same start context (K); the paper's 8
     epochs: int = 1  # passes over an iteration's rollouts
-    minibatch: int = 128  # chunks in an optimiser step; 0 takes the whole buffer
-    microbatch: int = 64  # chunks in a forward pass; gradients add up to the minibatch's, so it only saves memory
+    minibatch: int = 128  # chunks in an optimiser step; 0 takes the whole buffer; the paper's 4
+    microbatch: int = 64  # chunks in a forward pass; gradients add up to a minibatch's, so it is memory alone
     clip_coef: float = 0.1  # nothing is gained by a ratio outside 1 ± clip_coef; the paper's 0.1
-    lr_backbone: float = 1e-4  # learning rate of everything but the heads (LoRA or the whole backbone); the paper's
+    lr_backbone: float = 1e-4  # learning rate of everything but the heads; the paper's, for LoRA
     lr_heads: float = 1e-5  # learning rate of the action head and the scale head; the paper's
-    train_scale: bool = True  # train the scale head too, as the paper does; without, the noise keeps its first size
+    train_scale: bool = True  # train the scale head too, as the paper does; else exploration stays as it is
     max_grad_norm: float = 1.0  # gradient norm above which gradients are scaled down
     temperature: float = 1.0  # multiplies the Laplace scale b, in sampling and in scoring alike
 
 
 @dataclass
 class Rollout:
-    """B episodes of up to T chunks; chunks that were not played are zero (NaN in `score`)."""
-    images: torch.Tensor       # (B, T+1, V, 3, H, W) uint8; frame t is what chunk t was chosen from
+    """B episodes of up to T chunks; what was not played is zero (NaN in `score`)."""
+    images: torch.Tensor       # (B, T+1, V, 3, H, W) uint8; chunk t was chosen from frame t
     states: torch.Tensor       # (B, T+1, 8)
     instruction: list[str]     # B
     actions: torch.Tensor      # (B, T, L, A) the policy's, normalised
     env_actions: torch.Tensor  # (B, T, L, A) the same in the environment's units
-    log_prob: torch.Tensor     # (B, T, L) of the tempered distribution that was sampled
+    log_prob: torch.Tensor     # (B, T, L) under the tempered distribution that was sampled
     valid: torch.Tensor        # (B, T) bool: this chunk was played
     reward: torch.Tensor       # (B,) R_n of Algorithm 1
-    success: torch.Tensor      # (B, T) bool: the true simulator's word after the chunk; False in a virtual world
-    score: torch.Tensor        # (B, T) the reflector's P(done) after the chunk; NaN where there is no reflector
+    success: torch.Tensor      # (B, T) bool: the true simulator's word after it; False in a virtual world
+    score: torch.Tensor        # (B, T) the reflector's P(done) after it; NaN without a reflector
     terminated: torch.Tensor   # (B,) bool: stopped before the horizon
 
 
@@ -68,25 +70,25 @@ class Rollout:
 # ------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def rollout(policy, env, contexts, greedy=False, temperature=1.0, generator=None, progress=None) -> Rollout:
-    """Play every context once. Row i of the result is contexts[i].
+    """Play every context once; row i of the result is contexts[i].
 
-    Slot i of the environment plays contexts i, i + num_envs, i + 2 num_envs, ... and is refilled by a masked reset.
+    Slot i of the environment plays contexts i, i + num_envs, i + 2 num_envs, ...: a masked reset refills it.
     `env.num_envs` 0 or None means any number: all contexts are played at once. Exploration noise comes from
     `generator` alone. `progress(ended)` hears after every chunk how many episodes have just ended.
     """
     policy.eval()
     total, slots = len(contexts), env.num_envs or len(contexts)
-    which, chunk = torch.arange(slots), torch.zeros(slots, dtype=torch.long)  # each slot's context and next chunk
+    which, chunk = torch.arange(slots), torch.zeros(slots, dtype=torch.long)  # a slot's context, next chunk
     fresh, starts, steps = which < total, [], []
     while (which < total).any():
         if fresh.any():
             obs, _ = env.reset([contexts[min(i, total - 1)] for i in which.tolist()], fresh)
             starts.append((which[fresh], select(obs, fresh.nonzero().flatten())))
-        index = (which < total).nonzero().flatten()                             # (b,) slots that still play
+        index = (which < total).nonzero().flatten()                         # (b,) slots that still play
         distribution = policy(select(obs, index)).tempered(temperature)
         action = distribution.mode if greedy else distribution.sample(generator)  # (b, L, A)
-        env_action = policy.env_actions(action)                                 # (b, L, A)
-        command = env_action.new_zeros(slots, *env_action.shape[1:])            # (slots, L, A) idle slots: zeros
+        env_action = policy.env_actions(action)                             # (b, L, A)
+        command = env_action.new_zeros(slots, *env_action.shape[1:])        # (slots, L, A) idle slots: zeros
         command[index] = env_action
         obs, reward, terminated, truncated, info = env.step(command)
         success = torch.as_tensor(info.get("success", torch.zeros(slots, dtype=torch.bool)))
@@ -95,7 +97,7 @@ def rollout(policy, env, contexts, greedy=False, temperature=1.0, generator=None
             "env_actions": env_action, "log_prob": distribution.log_prob(action), "valid": index >= 0,
             "reward": reward[index], "terminated": terminated[index], "success": success[index],
             "score": torch.as_tensor(info["score"])[index]}))
-        ended = (terminated | truncated).cpu() & (which < total)                # (slots,)
+        ended = (terminated | truncated).cpu() & (which < total)            # (slots,)
         chunk = torch.where(ended, 0, chunk + 1)
         which = torch.where(ended, which + slots, which)
         fresh = ended & (which < total)
@@ -114,37 +116,37 @@ def collect(starts, steps, total) -> Rollout:
     """Lay the pieces of a rollout out as (B, T, ...), T being the longest episode."""
     T = 1 + max(int(chunk.max()) for _, chunk, _ in steps)
 
-    def lay(name, fill=0):
-        piece = steps[0][2][name]                                               # (b, ...)
-        whole = piece.new_full((total, T, *piece.shape[1:]), fill)              # (B, T, ...)
+    def lay(name, fill=0, before=0):
+        piece = steps[0][2][name]                                           # (b, ...)
+        whole = piece.new_full((total, before + T, *piece.shape[1:]), fill)  # (B, T, ...) or (B, T+1, ...)
         for context, chunk, pieces in steps:
-            whole[context, chunk] = pieces[name]
+            whole[context, before + chunk] = pieces[name]
         return whole
 
-    images, states, instruction = lay("images"), lay("states"), [""] * total
-    images, states = (torch.cat([torch.zeros_like(x[:, :1]), x], 1) for x in (images, states))  # (B, T+1, ...)
+    images, states, instruction = lay("images", before=1), lay("states", before=1), [""] * total
     for context, obs in starts:
         images[context, 0], states[context, 0] = obs["images"], obs["state"]
         for i, words in zip(context.tolist(), obs["instruction"]):
             instruction[i] = words
-    return Rollout(images, states, instruction, lay("actions"), lay("env_actions"), lay("log_prob"), lay("valid"),
-                   lay("reward").sum(1), lay("success"), lay("score", float("nan")), lay("terminated").any(1))
+    return Rollout(images, states, instruction, lay("actions"), lay("env_actions"), lay("log_prob"),
+                   lay("valid"), lay("reward").sum(1), lay("success"), lay("score", float("nan")),
+                   lay("terminated").any(1))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Advantage and loss
 # ------------------------------------------------------------------------------------------------------------
 def rloo_advantage(reward):
-    """A_n = R_n - mean of the other K - 1 rewards of the group, for reward (G, K). Not divided by their deviation."""
-    G, K = reward.shape
+    """reward (G, K) -> A_n = R_n - mean of the other K - 1 rewards of its group; float32 (G, K)."""
+    K = reward.shape[1]
     if K < 2:
-        raise UserError("leave-one-out needs another rollout to compare with: set --ppo.group_size to 2 or more")
+        raise UserError("RLOO compares rollouts of one start: set --ppo.group_size to 2 or more")
     reward = reward.float()
-    return (reward - reward.mean(1, keepdim=True)) * K / (K - 1)                # (G, K)
+    return (reward - reward.mean(1, keepdim=True)) * K / (K - 1)
 
 
 def ppo_loss(log_prob, old_log_prob, advantage, valid, clip_coef):
-    """The clipped surrogate, one ratio a control step, averaged over the steps of valid chunks.
+    """The clipped surrogate, averaged over the control steps of valid chunks.
 
     log_prob, old_log_prob (B, T, L); advantage (B,), the same for every step of a rollout; valid (B, T).
     """
@@ -155,7 +157,7 @@ def ppo_loss(log_prob, old_log_prob, advantage, valid, clip_coef):
     loss = -torch.minimum(ratio * advantage, clipped * advantage).mean()
     return loss, {
         "ratio": ratio.detach().mean(),
-        "approx_kl": ((ratio - 1) - log_ratio).detach().mean(),                 # Schulman's k3: never negative
+        "approx_kl": (ratio - 1 - log_ratio).detach().mean(),  # Schulman's k3: never negative
         "clip_frac": ((ratio - 1).abs() > clip_coef).float().mean(),
     }
 
@@ -164,27 +166,30 @@ def ppo_loss(log_prob, old_log_prob, advantage, valid, clip_coef):
 # Update
 # ------------------------------------------------------------------------------------------------------------
 def make_optimizer(policy, config):
-    """Adam with two rates: one for the policy's `action_head` and `scale_head`, one for all other parameters."""
-    named = [(name, parameter) for name, parameter in policy.named_parameters() if parameter.requires_grad
-             and (config.train_scale or not name.startswith("scale_head."))]
-    heads = [parameter for name, parameter in named if name.startswith(("action_head.", "scale_head."))]
-    backbone = [parameter for name, parameter in named if not name.startswith(("action_head.", "scale_head."))]
-    return torch.optim.Adam([{"params": backbone, "lr": config.lr_backbone}, {"params": heads, "lr": config.lr_heads}])
+    """Adam at two rates: one for `policy.action_head` and `policy.scale_head`, one for all else."""
+    heads, backbone = [], []
+    for name, parameter in policy.named_parameters():
+        if parameter.requires_grad and (config.train_scale or not name.startswith("scale_head.")):
+            (heads if name.startswith(("action_head.", "scale_head.")) else backbone).append(parameter)
+    return torch.optim.Adam([{"params": backbone, "lr": config.lr_backbone},
+                             {"params": heads, "lr": config.lr_heads}])
 
 
 def minibatches(count, config, generator):
-    """A shuffle of `count` chunks, cut into optimiser steps, each a list of index tensors that fit in memory."""
+    """A shuffle of `count` chunks: a list of optimiser steps, each a list of index tensors to be added up."""
     steps = max(1, round(count / config.minibatch)) if config.minibatch else 1
-    return [step.split(config.microbatch) for step in torch.randperm(count, generator=generator).tensor_split(steps)]
+    shuffled = torch.randperm(count, generator=generator)
+    return [step.split(config.microbatch) for step in shuffled.tensor_split(steps)]
 
 
 def update(policy, optimizer, played, advantage, config, generator):
-    """PPO on one `Rollout` with its advantages (B,). Returns metrics averaged over all minibatches.
+    """PPO on one `Rollout` with its advantages (B,); returns metrics averaged over all minibatches.
 
-    `generator` (CPU) shuffles. The policy stays in eval mode: what is scored is the distribution that was sampled.
+    `generator` (CPU) shuffles. The policy stays in eval mode, in which it was sampled.
     """
     policy.eval()
-    row, time = played.valid.nonzero(as_tuple=True)                             # (N,), (N,): the chunks played
+    row, time = played.valid.nonzero(as_tuple=True)                         # (N,), (N,)
+    advantage = advantage.to(played.log_prob.device)
 
     def score(index):
         b, t = row[index], time[index]
@@ -194,33 +199,33 @@ def update(policy, optimizer, played, advantage, config, generator):
         return distribution.log_prob(played.actions[b, t]), distribution.entropy()  # (n, L), (n, L)
 
     epochs = [minibatches(len(row), config, generator) for _ in range(config.epochs)]
-    old_log_prob = torch.empty_like(played.log_prob[row, time])                 # (N, L)
+    old_log_prob = torch.empty_like(played.log_prob[row, time])             # (N, L)
     with torch.no_grad():
         for index in (index for step in epochs[0] for index in step):
             old_log_prob[index] = score(index)[0]
-    sums, first = {}, None
+    metrics = {"log_prob_gap": float((old_log_prob - played.log_prob[row, time]).abs().mean())}
     for step in (step for epoch in epochs for step in epoch):
-        optimizer.zero_grad(set_to_none=True)
+        policy.zero_grad(set_to_none=True)
         for index in step:
             log_prob, entropy = score(index)
-            loss, metrics = ppo_loss(log_prob[:, None], old_log_prob[index][:, None], advantage[row[index]].to(
-                log_prob.device), torch.ones(len(index), 1, dtype=torch.bool), config.clip_coef)
+            everything = torch.ones(len(index), 1, dtype=torch.bool, device=log_prob.device)
+            loss, parts = ppo_loss(log_prob[:, None], old_log_prob[index][:, None], advantage[row[index]],
+                                   everything, config.clip_coef)
             (loss * len(index) / sum(map(len, step))).backward()
-            metrics |= {"loss": loss.detach(), "entropy": entropy.detach().mean()}
-            first = first or metrics
-            for key, value in metrics.items():
-                sums[key] = sums.get(key, 0.0) + float(value) * len(index) / (len(row) * config.epochs)
-        clip_and_step(optimizer, config)
-    gap = (old_log_prob - played.log_prob[row, time]).abs().mean()
-    return sums | {"ratio_first": float(first["ratio"]), "log_prob_gap": float(gap)}
+            metrics.setdefault("ratio_first", float(parts["ratio"]))
+            for name, value in {**parts, "entropy": entropy.detach().mean()}.items():
+                share = len(index) / (len(row) * config.epochs)
+                metrics[name] = metrics.get(name, 0.0) + float(value) * share
+        clip_and_step(optimizer, config.max_grad_norm)
+    return metrics
 
 
-def clip_and_step(optimizer, config):
+def clip_and_step(optimizer, max_grad_norm):
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     if not torch.isfinite(norm):
-        raise UserError(f"the gradient of PPO is {norm.item()}: lower --ppo.lr_backbone and --ppo.lr_heads and run "
-                        "the same command (it goes on from the last checkpoint)")
+        raise UserError(f"the gradient of PPO is {norm.item()}: lower --ppo.lr_backbone and --ppo.lr_heads "
+                        "and run the same command (it goes on from the last checkpoint)")
     optimizer.step()
 
 
@@ -230,18 +235,18 @@ def clip_and_step(optimizer, config):
 def improve(policy, optimizer, env, draw_contexts, config, generator):
     """One iteration of Algorithm 1; returns its metrics.
 
-    `draw_contexts(count, generator)` gives a list of start contexts. All randomness but the world's own comes from
-    `generator` (CPU), seeded by (seed, iteration), so that a resumed run equals a straight one.
+    draw_contexts(count, generator): a list of start contexts. generator: on the CPU and seeded by (seed,
+    iteration), so that a resumed run equals a straight one; the world's own noise is the caller's to seed.
     """
     starts = draw_contexts(config.groups, generator)
-    contexts = [context for context in starts for _ in range(config.group_size)]       # a group is K neighbours
+    contexts = [start for start in starts for _ in range(config.group_size)]  # a group is K neighbours
     played = rollout(policy, env, contexts, temperature=config.temperature, generator=generator)
-    reward = played.reward.view(config.groups, config.group_size)               # (G, K)
-    advantage = rloo_advantage(reward)                                          # (G, K)
+    reward = played.reward.view(config.groups, config.group_size)           # (G, K)
+    advantage = rloo_advantage(reward)                                      # (G, K)
     metrics = update(policy, optimizer, played, advantage.flatten(), config, generator)
     return metrics | {
-        "imagined_success": float(played.terminated.float().mean()),            # stopped before the horizon
+        "imagined_success": float(played.terminated.float().mean()),        # stopped before the horizon
         "reward": float(reward.mean()),
-        "stop_chunk": float(played.valid.sum(1).float().mean()),                # chunks a rollout lasts
+        "stop_chunk": float(played.valid.sum(1).float().mean()),            # chunks that a rollout lasts
         "groups_without_advantage": float((advantage.abs().amax(1) < 1e-6).float().mean()),
     }

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:
     rate, z2 = successes / episodes, Z * Z / episodes
     middle = (rate + z2 / 2) / (1 + z2)
     half = Z * math.sqrt(rate * (1 - rate) / episodes + z2 / episodes / 4) / (1 + z2)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return (middle - half if successes else 0.0), (middle + half if successes < episodes else 1.0)
 
 
 def mcnemar_exact(before, after) -> float:
@@ -77,11 +78,12 @@ def _hypotenuse(x, y, correlation):
 # report.md
 # ----------------------------------------------------------------------------------------------------------
 POLICIES = {"cloned": "cloned", "post_trained": "post-trained in imagination"}
-CAPTION = """Successes / episodes, with 95% Wilson intervals. *Oracle stop*: the simulator ends the episode at the
-first success. *Self stop*: the reflector ends it, and success is judged there. *Imagined*: the reflector's verdict
-on rollouts in the world simulator; a gain there counts only if the true columns show it too. *Difference*: on the
-same initial states, with Newcombe's paired 95% interval and the exact McNemar p-value."""
-MEANING = {  # what a reader needs to know about the virtual environment's numbers
+CAPTION = """Successes / episodes, with 95% Wilson intervals. *Oracle stop*: the simulator ends the
+episode at the first success. *Self stop*: the reflector ends it, and success is judged there.
+*Imagined*: the verdict of the reflector on rollouts in the world simulator; a gain there counts only if
+the true columns show it too. *Difference*: same initial states, with Newcombe's paired 95% interval and
+the exact McNemar p-value."""
+MEANING = {  # what the reflector's numbers mean
     "auroc": "success against failure frames; chance 0.5, goal 0.95",
     "false_stop_rate": "episodes it would have stopped before the task was done",
     "missed_rate": "solved episodes it never stopped",
@@ -92,21 +94,20 @@ MEANING = {  # what a reader needs to know about the virtual environment's numbe
 
 
 def results_table(results: dict) -> str:
-    """results.json -> Markdown: success rates, virtual environment, videos, times. A missing part is left out.
+    """results.json -> Markdown. A part that is missing in `results` is left out.
 
-    task, preset, seed; policies{cloned, post_trained}{oracle_stop, self_stop}{successes, episodes, rate, ci95};
-    paired{oracle_stop, self_stop}{difference, ci95, mcnemar_p}; imagined{cloned, post_trained}{as in policies};
-    stages{name: seconds}; reflector, world_model (metrics, may be nested); videos (their folder).
+    task, preset, seed; policies{cloned, post_trained}{oracle_stop, self_stop}{successes, episodes, rate,
+    ci95}; paired{oracle_stop, self_stop}{difference, ci95, mcnemar_p}; imagined{cloned, post_trained}{as in
+    policies}; stages{name: seconds}; reflector, world_model: their metrics; videos: their folder.
     """
     parts = [f"# {results['task']} · preset {results['preset']} · seed {results['seed']}",
              "## Success rate", _success_table(results), CAPTION]
-    environment = [(part, *row) for part in ("world_model", "reflector")
-                   for row in _flat(results.get(part, {}))]
-    if environment:
-        rows = [[part.replace("_", " "), name.replace("_", " "), _number(value),
-                 MEANING.get(name.split(", ")[-1], "")] for part, name, value in environment]
-        header = ["part", "number", "value", "meaning"]
-        parts += ["## Virtual environment, on held-out episodes", _markdown(header, rows)]
+    if results.get("world_model"):
+        parts += ["## World simulator: open loop, held-out episodes", _fidelity_table(results["world_model"])]
+    if results.get("reflector"):
+        rows = [[name.replace("_", " "), _number(value), MEANING.get(name, "")]
+                for name, value in results["reflector"].items()]
+        parts += ["## Reflector: held-out true episodes", _markdown(["number", "value", "meaning"], rows)]
     if "videos" in results:
         parts += ["## Videos", f"In `{results['videos']}`: true above, imagined (same actions) below."]
     if results.get("stages"):
@@ -128,6 +129,23 @@ def _success_table(results) -> str:
     return _markdown(["policy", *columns.values(), "imagined"], rows)
 
 
+def _fidelity_table(metrics) -> str:
+    """psnr_{view}_{chunks}_{predicted|still|shuffled} share a row; any other number has a row to itself."""
+    rows = {}
+    for key, value in metrics.items():
+        name, _, kind = key.rpartition("_")
+        name, kind = (name, kind) if kind in ("predicted", "still", "shuffled") else (key, "predicted")
+        rows.setdefault(name, {})[kind] = _number(value)
+    table = []
+    for name, row in rows.items():
+        if match := re.fullmatch(r"psnr_(\w+)_(\d+)|(state_mm)_(\d+)", name):
+            view, chunks = match[1], match[2] or match[4]
+            name = f"PSNR (dB), {view}" if view else "gripper position error (mm)"
+            name += f", after {chunks} chunk" + "s" * (chunks != "1")
+        table.append([name, *(row.get(kind, "") for kind in ("predicted", "still", "shuffled"))])
+    return _markdown(["", "world simulator", "the last frame stays", "with another episode's actions"], table)
+
+
 def _rate(cell) -> str:
     if cell is None:
         return "–"
@@ -145,13 +163,6 @@ def _difference(cell) -> str:
 def _markdown(header, rows) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _flat(metrics, prefix="") -> list[tuple[str, object]]:
-    rows = []
-    for key, value in metrics.items():
-        rows += _flat(value, f"{prefix}{key}, ") if isinstance(value, dict) else [(prefix + key, value)]
-    return rows
 
 
 def _number(value) -> str:
@@ -172,6 +183,7 @@ def duration(seconds: float) -> str:
 INK, GRAY, PALE, GREEN, ORANGE, BLUE = "#1b1b1b", "#666666", "#d9d9d9", "#2a9d4a", "#c9690a", "#3b6fb6"
 BAR, GAP, MARGIN, TOP = 26, 6, 92, 44  # pixels: score line, space between tiles, labels on the left, title
 VIEWS = ("agent view", "wrist")
+_font = ImageFont.load_default  # Pillow's own font, scalable: nothing to install
 
 
 def film_strip(path, true_frames, imagined_frames, scores_true, scores_imagined, title, success, eta=0.5,
@@ -219,7 +231,7 @@ def contact_sheet(path, true_frames, imagined_frames, scores_true, scores_imagin
                 page.paste(_enlarged(frames[t, v], scale), (left, top + v * (scale * H + GAP)))
             _score_bar(draw, left, top + V * (scale * H + GAP) - 1, scale * W, float(scores[t]), eta)
         top += block
-    caption = "same actions above and below; bar: reflector's score; line: stop threshold; green: it would stop"
+    caption = "same actions above and below; bar: reflector's score; line: stop threshold; green: would stop"
     draw.text((MARGIN, top - 4), caption, GRAY, _font(13))
     page.save(path)
 
@@ -235,12 +247,13 @@ def _page(width, height, title, success):
 
 
 def _score_bar(draw, left, top, width, score, eta):
-    """A bar filled to the score, a line at eta, the number behind it; green where it would stop the episode."""
+    """A bar filled to the score, a line at eta, the number behind it; green where it stops the episode."""
     if math.isnan(score):
         return
     length, color = width - 36, GREEN if score > eta else BLUE
     draw.rectangle((left, top, left + length, top + 12), PALE)
-    draw.rectangle((left, top, left + round(length * score), top + 12), color)
+    if score * length >= 1:
+        draw.rectangle((left, top, left + round(length * score), top + 12), color)
     draw.line((left + length * eta, top - 2, left + length * eta, top + 14), INK, 1)
     draw.text((left + width, top - 1), f"{score:.2f}", INK, _font(13), anchor="ra")
 
@@ -248,10 +261,6 @@ def _score_bar(draw, left, top, width, score, eta):
 def _enlarged(image, scale):
     picture = Image.fromarray(np.ascontiguousarray(image))
     return picture.resize((scale * picture.width, scale * picture.height), Image.Resampling.BICUBIC)
-
-
-def _font(size):
-    return ImageFont.load_default(size)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -264,7 +273,7 @@ PANELS = [  # title, stage in log.jsonl, metrics drawn in it
     ("imagine: success and reward", "imagine", ["imagined_success", "reward"]),
     ("imagine: chunks until the stop", "imagine", ["stop_chunk"]),
     ("imagine: approx_kl", "imagine", ["approx_kl"]),
-    ("imagine: clipped and idle", "imagine", ["clip_frac", "groups_without_advantage"]),
+    ("imagine: clipped, idle groups", "imagine", ["clip_frac", "groups_without_advantage"]),
     ("imagine: entropy", "imagine", ["entropy"]),
 ]
 

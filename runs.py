@@ -121,6 +121,9 @@ class Run:
             raise UserError(f"{self.folder} is in use by another process: wait for it, or choose another "
                             "--output_dir") from None
 
+    def unlock(self):
+        self._lock.close()
+
     def path(self, stage) -> Path:
         return self.folder / stage
 

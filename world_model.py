@@ -246,9 +246,10 @@ def randn(shape, generator: torch.Generator | None, device) -> Tensor:
 # ---- the loss
 
 def draw_sigmas(config: WorldModelConfig, B: int, generator, device) -> Tensor:
-    """(B,) noise levels, rising: one from each of B equal slices of the log-normal (less variance than B free draws)."""
+    """(B,) noise levels: one from each of B equal slices of the log-normal (less variance than B free draws), shuffled."""
     source = device if generator is None else generator.device
-    slices = (torch.arange(B, device=source) + torch.rand(B, generator=generator, device=source)) / B
+    order = torch.randperm(B, generator=generator, device=source)
+    slices = (order + torch.rand(B, generator=generator, device=source)) / B
     normal = torch.special.ndtri(slices.clamp(1e-4, 1 - 1e-4))
     return (config.sigma_mean + config.sigma_std * normal).exp().to(device)
 
@@ -282,7 +283,7 @@ def world_model_loss(model: WorldModel, batch: dict, generator: torch.Generator 
     with torch.no_grad():
         mm = (change[:, :3] * model.state_predictor.scale[:3] - true_change[:, :3]).norm(dim=1).mean() * 1000
         pixel_mse = (error * model.residual_std**2).mean(dim=(0, 2, 3)) / 4  # pictures in [0, 1]
-        low, middle, high = (part.mean() for part in by_sample.tensor_split(3))
+        low, middle, high = (part.mean() for part in by_sample[sigma.argsort()].tensor_split(3))
     loss = by_sample.mean() + state_loss
     return loss, {"loss": loss.item(), "loss_low_noise": low.item(), "loss_middle_noise": middle.item(),
                   "loss_high_noise": high.item(), "pixel_mse_agentview": pixel_mse[:3].mean().item(),

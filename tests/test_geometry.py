@@ -60,7 +60,7 @@ def test_turns_compose_and_come_back():
 
 def test_axis_angle_is_continuous_through_norm_pi():
     state = torch.tensor([[0.0, 0, 0.3, math.pi - 0.05, 0, 0, 0.02, -0.02]])
-    path = [state[:, 3:6]]
+    path = [state[:, 3:6].clone()]
     for _ in range(20):                                                # turns the hand on through pi, 0.1 rad in all
         state[:, 3:6] = geometry.rotate_by(state, torch.tensor([[0.005, 0.001, 0.0]]))
         path.append(state[:, 3:6].clone())
@@ -120,7 +120,7 @@ def test_action_map_is_at_the_gripper_and_shows_opening_and_axes():
             r, c = ((where[b, 0] + where[b, axis + 1]) / 4 * H + H / 2).floor().long().flip(0)
             assert drawn[b, axis, r, c] > 0.5
         centre = drawn[b, :, row[b, 0], column[b, 0]]
-        assert (centre > 0.9).all()
+        assert (centre > 0.8).all()
         ring = drawn[b].amin(0) > 0.3                                   # grey: in all three colours
         rows, columns = ring.nonzero().float().mean(0)
         assert abs(rows - row[b, 0]) < 2 and abs(columns - column[b, 0]) < 2

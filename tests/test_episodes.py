@@ -1,0 +1,88 @@
+"""Promises of recorded data: chunks line up, batches pair what belongs together, files are whole or refused."""
+import numpy as np
+import pytest
+import torch
+
+from episodes import ChunkData, CloneData, Episode, Normalizer, memory_index
+from runs import UserError
+
+
+def make_episode(steps=40, stride=1, chunk=8, seed=0):
+    """Frame i is filled with the control step it was drawn at; action i holds i in every motion dimension."""
+    frames = steps // stride + 1
+    images = np.broadcast_to((np.arange(frames) * stride).astype(np.uint8)[:, None, None, None, None],
+                             (frames, 2, 3, 4, 4)).copy()
+    states = np.repeat(np.arange(frames, dtype=np.float32)[:, None] * stride, 8, axis=1)
+    actions = np.repeat(np.arange(steps, dtype=np.float32)[:, None], 7, axis=1)
+    return Episode(images, states, actions, np.arange(frames) * stride >= steps - 8, stride, 3, "pick it up", "demo", seed)
+
+
+@pytest.mark.parametrize("stride, offset", [(1, 0), (1, 5), (8, 0)])
+def test_chunks_pair_frames_with_the_actions_between_them(stride, offset):
+    track = make_episode(stride=stride).chunks(8, offset)
+    assert len(track.images) == len(track.states) == len(track.success) == len(track.actions) + 1
+    for t, chunk in enumerate(track.actions):
+        assert track.images[t, 0, 0, 0, 0] == offset + 8 * t == chunk[0, 0]
+        assert chunk[-1, 0] == offset + 8 * t + 7
+
+
+def test_a_world_batch_holds_consecutive_frames_and_their_memory():
+    data = ChunkData([make_episode(stride=8)], 8, "cpu")
+    batch = data.transitions([(0, 4), (0, 0)])
+    start = batch["memory"][:, -1, 0, 0, 0, 0].float()
+    assert torch.equal(batch["target"][:, 0, 0, 0, 0].float(), start + 8)
+    assert torch.equal(batch["state"][:, 0], start) and torch.equal(batch["next_state"][:, 0], start + 8)
+    assert batch["memory"][0, :, 0, 0, 0, 0].tolist() == [0, 8, 16, 32]  # chunks 0, 4/3, 8/3 and 4
+    assert torch.equal(batch["memory_states"][:, :, 0], batch["memory"][:, :, 0, 0, 0, 0].float())
+    assert batch["previous_actions"][0, 0, 0] == 24 and batch["previous_actions"][1].abs().sum() == 0
+
+
+def test_demonstrations_are_cut_at_every_offset_and_exploration_once():
+    assert len(ChunkData([make_episode(stride=1)], 8, "cpu").tracks) == 8
+    assert len(ChunkData([make_episode(stride=8)], 8, "cpu").tracks) == 1
+
+
+def test_memory_always_holds_the_first_and_the_last_frame():
+    assert memory_index(torch.tensor([0, 1, 9])).tolist() == [[0, 0, 0, 0], [0, 0, 0, 1], [0, 3, 6, 9]]
+
+
+def test_half_of_a_reflector_batch_is_done_and_labels_belong_to_the_last_frame():
+    batch = ChunkData([make_episode(stride=8)], 8, "cpu").frame_batch(64, torch.Generator().manual_seed(0))
+    done = batch["frames"][:, 2, 0, 0, 0, 0] >= 32
+    assert torch.equal(batch["labels"][:, 2] > 0.5, done) and 32 <= done.sum() < 64
+    assert batch["valid"].sum() == 64 and batch["valid"][:, 2].all()
+    assert (batch["frames"][:, 0] == 0).all()
+
+
+def test_a_chunk_that_runs_over_the_end_is_marked_invalid():
+    episode = make_episode(steps=10)
+    normalizer = Normalizer.fit([episode])
+    data = CloneData([episode], normalizer, 8, "cpu")
+    batch = data.batch(64, torch.Generator().manual_seed(0))
+    start = batch["state"][:, 0]
+    assert torch.equal(batch["valid"].sum(1).float(), (10 - start).clamp(max=8))
+    actions = normalizer.unnormalize_action(batch["actions"])[:, 0, 0]
+    assert torch.allclose(actions, start, atol=1e-4)
+
+
+def test_normalising_is_undone_and_leaves_the_gripper_alone():
+    actions = np.random.default_rng(0).normal(size=(1, 500, 7)).astype(np.float32)
+    actions[..., 6] = np.sign(actions[..., 6])
+    episode = make_episode(steps=500)
+    episode.actions = actions[0]
+    normalizer = Normalizer.fit([episode])
+    normal = normalizer.normalize_action(torch.from_numpy(actions))
+    assert torch.equal(normal[..., 6], torch.from_numpy(actions[..., 6]))
+    assert 0.95 < (normal[..., :6].abs() <= 1).float().mean() < 0.995
+    assert np.allclose(normalizer.unnormalize_action(normal).numpy(), actions, atol=1e-5)
+    assert Normalizer.from_dict(normalizer.to_dict()) == normalizer
+
+
+def test_an_episode_comes_back_as_it_was_saved_and_a_truncated_one_is_refused(tmp_path):
+    episode, path = make_episode(), tmp_path / "e.npz"
+    episode.save(path)
+    loaded = Episode.load(path)
+    assert all(np.array_equal(getattr(episode, name), getattr(loaded, name)) for name in episode.__dataclass_fields__)
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(UserError, match="not a whole episode"):
+        Episode.load(path)

@@ -1,0 +1,111 @@
+"""Promises of the true simulator. One simulator is built for the whole file."""
+import numpy as np
+import pytest
+import torch
+
+from geometry import camera_pose, project
+from libero_env import LiberoTask, initial_states, load_suite, merge_vertices, shrink, step_limit
+from runs import UserError
+
+
+@pytest.fixture(scope="module")
+def task():
+    task = LiberoTask("libero_object", 0)
+    yield task
+    task.close()
+
+
+def play(task, actions):
+    return [(task.step(action), task.state())[1] for action in actions]
+
+
+def test_an_initial_state_gives_the_same_trajectory_whatever_was_played_before(task):
+    actions = np.random.default_rng(0).uniform(-1, 1, (20, 7))
+    state = initial_states("libero_object", 0)[3]
+    task.reset(seed=0, init_state=state)
+    first = play(task, actions)
+    play(task, np.tile([1, -1, -1, 1, 1, 1, 1.0], (30, 1)))  # leaves the controller with a turned goal, the hand closed
+    task.reset(seed=1, init_state=state)
+    assert np.allclose(play(task, actions), first, atol=1e-4)
+
+
+def test_seeds_place_objects_and_the_same_seed_places_them_the_same(task):
+    def positions(seed):
+        task.reset(seed=seed)
+        return task.env.sim.data.qpos.copy()
+    assert np.array_equal(positions(1), positions(1))
+    assert not np.allclose(positions(1), positions(2), atol=1e-4)
+
+
+def test_the_step_counter_does_not_run_over(task):
+    for _ in range(3):
+        task.reset(seed=0)
+        task.env.env.timestep = 900  # robosuite raises at 1,000 unless a reset came before
+        play(task, np.zeros((5, 7)))
+
+
+def test_actions_move_the_hand_and_the_gripper(task):
+    task.reset(seed=0)
+    before = task.state()
+    after = play(task, np.tile([1, 0, 0, 0, 0, 0, 1.0], (16, 1)))[-1]
+    assert after[0] - before[0] > 0.08 and abs(after[1] - before[1]) < 0.02
+    assert before[6] - before[7] > 0.07 and after[6] - after[7] < 0.01
+
+
+def test_the_projected_gripper_lies_on_the_grippers_pixels_in_both_views(task):
+    task.reset(seed=0)
+    cameras, mujoco = task.cameras(), pytest.importorskip("mujoco")
+    task.render()
+    model, data = task.env.sim.model._model, task.env.sim.data._data
+    hand = [geom for geom in range(model.ngeom) if model.body(model.geom_bodyid[geom]).name.endswith("finger")]
+    renderer = mujoco.Renderer(model, 128, 128)
+    renderer.enable_segmentation_rendering()
+    for moves in ([0.0] * 3, [1.0, 1.0, -1.0], [0.5, -1.0, -0.5]):
+        play(task, np.tile([*moves, 0, 0, 0, -1.0], (12, 1)))
+        state = torch.from_numpy(task.state())[None]
+        for name, camera, rider in (("agentview", cameras.agentview, None),
+                                    ("robot0_eye_in_hand", cameras.wrist, state)):
+            renderer.update_scene(data, name)
+            rows, columns = np.nonzero(np.isin(renderer.render()[..., 0], hand))  # where MuJoCo draws the fingers
+            where, _ = project(state[:, None, :3], camera.fovy, *camera_pose(camera, rider))
+            x, y = ((where[0, 0] + 1) / 2 * 128).tolist()
+            # The gripper's origin lies between the finger tips, in the middle of the fingers' pixels.
+            assert abs(columns.mean() + 0.5 - x) < 4 and abs(rows.mean() + 0.5 - y) < 8, (name, moves, x, y)
+    renderer.close()
+
+
+def test_merged_vertices_draw_nearly_the_same_picture_with_far_fewer_triangles(task):
+    task.reset(seed=0)
+    standard, model = task.render().astype(float), task.env.sim.model._model
+    arrays = [getattr(model, name) for name in ("mesh_face", "mesh_facenormal", "mesh_facetexcoord", "mesh_facenum")]
+    before = [array.copy() for array in arrays]
+    merge_vertices(model, 0.006)
+    assert model.mesh_facenum.sum() < 0.45 * before[3].sum()
+    renderer, task._renderer = task._renderer, None
+    merged = task.render().astype(float)
+    task._renderer.close()
+    for array, values in zip(arrays, before):
+        array[:] = values
+    task._renderer = renderer
+    assert 0 < np.abs(merged - standard).mean() < 3
+
+
+def test_frames_are_upright_and_averaged_down(task):
+    task.reset(seed=0)
+    frames = task.render()
+    # The agent view looks along a brown floor at a grey wall, which is at the top of an upright picture.
+    top, bottom = frames[0, :12].astype(float), frames[0, -12:].astype(float)
+    assert np.ptp(top.mean((0, 1))) < np.ptp(bottom.mean((0, 1)))
+    small = shrink(frames, 64)
+    assert small.shape == (2, 3, 64, 64) and small.dtype == np.uint8
+    assert abs(small[0, :, 0, 0].astype(float) - frames[0, :2, :2].reshape(4, 3).mean(0)).max() <= 0.5
+    with pytest.raises(UserError, match="divisor"):
+        shrink(frames, 50)
+
+
+def test_unknown_names_are_one_clear_line_that_lists_the_known_ones():
+    with pytest.raises(UserError, match="libero_goal, libero_object"):
+        load_suite("libero_objects")
+    with pytest.raises(UserError, match="0 to 9"):
+        LiberoTask("libero_object", 10)
+    assert step_limit("libero_object") == step_limit("libero_object_swap") == 280 and step_limit("libero_10") == 520

@@ -1,0 +1,133 @@
+"""Promises of the run folder and of the training loop."""
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from runs import (FitConfig, Run, UserError, fit, load_resume, load_weights, read_json, save_model, save_resume,
+                  step_generator, write_json)
+
+CPU = torch.device("cpu")
+
+
+def train_line(folder, steps, total=8, lr=0.1):
+    """Fit y = 2x for `steps` of `total` steps, resuming what `folder` holds. The schedule is that of `total` steps."""
+    torch.manual_seed(0)
+    model = nn.Linear(1, 1)
+
+    def batch(step, generator):
+        if step >= steps:
+            raise KeyboardInterrupt
+        x = torch.randn(4, 1, generator=generator)
+        return x, 2 * x
+
+    def loss_fn(model, batch, generator):
+        noise = 0.01 * torch.randn(4, 1, generator=generator)
+        loss = (model(batch[0]) + noise - batch[1]).square().mean()
+        return loss, {"loss": loss.item()}
+
+    config = FitConfig(steps=total, lr=lr, warmup=2, save_every=2)
+    try:
+        fit("line", model, batch, loss_fn, config, folder, 0, CPU, lambda step, metrics: None)
+    except KeyboardInterrupt:
+        pass
+    return model
+
+
+def test_stop_and_resume_equals_a_straight_run_bit_for_bit(tmp_path):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    straight = train_line(tmp_path / "a", 8)
+    train_line(tmp_path / "b", 5)  # killed in step 5; the last checkpoint is of step 4
+    resumed = train_line(tmp_path / "b", 8)
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters()))
+
+
+def test_resume_restores_weights_optimizer_and_step(tmp_path):
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    save_resume(tmp_path, 7, model, optimizer)
+    other = nn.Linear(2, 2)
+    restored = torch.optim.Adam(other.parameters(), lr=0.1)
+    assert load_resume(tmp_path, other, restored) == 7
+    assert torch.equal(other.weight, model.weight)
+    assert torch.equal(restored.state[other.weight]["exp_avg"], optimizer.state[model.weight]["exp_avg"])
+    with pytest.raises(UserError, match="another configuration"):
+        load_resume(tmp_path, nn.Linear(3, 3), torch.optim.Adam(nn.Linear(3, 3).parameters()))
+
+
+def test_a_loss_that_is_not_finite_is_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match="lower its"):
+        train_line(tmp_path, 8, lr=float("inf"))
+
+
+def test_step_generators_differ_by_seed_and_step():
+    draws = {(seed, step): torch.rand(1, generator=step_generator(seed, step)).item()
+             for seed in range(3) for step in range(50)}
+    assert len(set(draws.values())) == len(draws)
+
+
+def test_a_stage_appears_only_when_it_is_complete(tmp_path):
+    run = Run(tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        with run.stage("clone", {"seed": 0}) as folder:
+            (folder / "half.txt").write_text("x")
+            1 / 0
+    assert not run.done("clone", {"seed": 0})
+    with run.stage("clone", {"seed": 0}) as folder:
+        assert (folder / "half.txt").exists(), "work done before the failure is kept"
+        (folder / "resume.safetensors").write_text("x")
+    assert run.done("clone", {"seed": 0}) and not (run.path("clone") / "resume.safetensors").exists()
+    assert run.seconds()["clone"] >= 0
+
+
+def test_a_stage_made_with_other_settings_is_refused(tmp_path):
+    run = Run(tmp_path)
+    with run.stage("clone", {"clone": {"lr": 0.1}}):
+        pass
+    with pytest.raises(UserError, match="clone.lr 0.1, this command says 0.2"):
+        run.done("clone", {"clone": {"lr": 0.2}})
+
+
+def test_a_second_process_cannot_use_the_same_run_folder(tmp_path):
+    code = ("import sys; from runs import Run, clear_errors\n"
+            "with clear_errors(): Run(sys.argv[1])")
+    run = Run(tmp_path)
+    other = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert other.returncode == 2 and "in use by another process" in other.stderr and "Traceback" not in other.stderr
+    run.unlock()
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == 0
+
+
+def test_weights_come_back_bit_equal_and_bad_files_are_one_clear_line(tmp_path):
+    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    save_model(tmp_path, model, {"width": 3})
+    assert torch.equal(load_weights(tmp_path, other).weight, model.weight)
+    assert read_json(tmp_path / "config.json") == {"width": 3}
+    with pytest.raises(UserError, match="does not fit"):
+        load_weights(tmp_path, nn.Linear(4, 2))
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(UserError, match="truncated"):
+        load_weights(tmp_path, other)
+    (tmp_path / "config.json").write_text('{"width": ')
+    with pytest.raises(UserError, match="truncated"):
+        read_json(tmp_path / "config.json")
+
+
+def test_a_full_disk_is_one_clear_line():
+    code = ("import errno; from runs import clear_errors\n"
+            "with clear_errors(): raise OSError(errno.ENOSPC, 'No space left on device', 'runs/x')")
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert process.returncode == 2 and process.stderr.count("\n") == 1 and "free space" in process.stderr
+
+
+def test_the_log_is_json_lines(tmp_path):
+    Run(tmp_path).log("clone", 3, {"loss": torch.tensor(0.5)})
+    assert json.loads((tmp_path / "log.jsonl").read_text()) == {"stage": "clone", "step": 3, "loss": 0.5}
+    write_json(tmp_path / "deep" / "x.json", [1])
+    assert read_json(tmp_path / "deep" / "x.json") == [1]

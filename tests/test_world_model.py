@@ -1,0 +1,266 @@
+"""Promises of world_model.py."""
+
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import EDMEulerScheduler
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from episodes import Normalizer, StartContext
+from geometry import Camera, Cameras, turn_between
+from runs import UserError
+from world_model import (VirtualEnv, VirtualEnvConfig, WorldModel, WorldModelConfig, draw_sigmas, euler, noise_levels,
+                         preconditioning, world_model_loss)
+
+torch.set_num_threads(1)
+CAMERAS = Cameras(Camera(45.0, (0.9, 0.0, 0.65), ((0.0, -0.6, 0.8), (1.0, 0.0, 0.0), (0.0, 0.8, 0.6))),
+                  Camera(75.0, (0.05, 0.0, -0.097), ((0.0, 1.0, 0.0), (1.0, 0.0, 0.0), (0.0, 0.0, -1.0))), plane_z=0.0)
+NORMALIZER = Normalizer([-1.0] * 7, [1.0] * 7, [-0.3, -0.3, 0.0, -3.5, -3.5, -3.5, 0.0, -0.04],
+                        [0.3, 0.3, 0.5, 3.5, 3.5, 3.5, 0.04, 0.0])
+TINY = WorldModelConfig(image_size=16, channels=(16, 32), chunk_size=4, state_width=32)
+START = torch.tensor([0.0, 0, 0.3, math.pi, 0, 0, 0.03, -0.03])
+
+
+def make_model(config=TINY, seed=0):
+    """Random weights everywhere, so that pictures depend on every input."""
+    torch.manual_seed(seed)
+    model = WorldModel(config, CAMERAS, NORMALIZER).eval()
+    torch.nn.init.normal_(model.unet.conv_out.weight, std=0.1)
+    torch.nn.init.normal_(model.state_predictor.correction[-1].weight, std=0.1)
+    return model
+
+
+def make_contexts(B, seed=0):
+    random = np.random.default_rng(seed)
+    return [StartContext(random.integers(0, 256, (2, 3, 16, 16), dtype=np.uint8), START.numpy(), f"task {b}",
+                         np.zeros((4, 7), np.float32), 0) for b in range(B)]
+
+
+def make_actions(B, T, seed=1):
+    return torch.rand(T, B, 4, 7, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+class NeverDone:
+    def score(self, first, previous, current, instruction):
+        return torch.full((len(instruction),), 0.25)
+
+
+def play(env, contexts, actions, seed=None):
+    """-> images (T + 1, B, V, 3, H, W)."""
+    frames = [env.reset(contexts, seed=seed)[0]["images"]]
+    return torch.stack(frames + [env.step(chunk)[0]["images"] for chunk in actions])
+
+
+# ---- diffusion
+
+@pytest.mark.parametrize("sigma", [0.01, 0.2, 1.0, 5.0, 80.0])
+def test_input_and_target_have_unit_variance_at_every_noise_level(sigma):
+    generator, sigma = torch.Generator().manual_seed(0), torch.tensor(sigma)
+    clean, noise = (torch.randn(200_000, generator=generator, dtype=torch.float64) for _ in range(2))
+    c_in, c_skip, c_out, c_noise = preconditioning(sigma)
+    noisy = clean + sigma * noise
+    assert abs((c_in * noisy).var() - 1) < 0.02
+    assert abs(((clean - c_skip * noisy) / c_out).var() - 1) < 0.02
+    assert c_noise == sigma.log() / 4
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_an_oracle_denoiser_is_sampled_exactly(steps):
+    clean, noise = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    sample = euler(lambda x, sigma: clean, noise, noise_levels(TINY, steps))
+    assert torch.allclose(sample, clean, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_the_sampler_equals_diffusers(steps):
+    config = replace(TINY, sigma_min=0.05, sigma_max=20.0)
+    scheduler = EDMEulerScheduler(sigma_min=config.sigma_min, sigma_max=config.sigma_max, sigma_data=1.0, rho=config.rho)
+    scheduler.set_timesteps(steps)
+    weight = torch.randn(8, 8, generator=torch.Generator().manual_seed(0)) / 3
+    network = lambda x, c_noise: torch.tanh(x @ weight + c_noise)
+    noise = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+
+    def denoise(x, sigma):
+        c_in, c_skip, c_out, c_noise = preconditioning(sigma)
+        return c_skip * x + c_out * network(c_in * x, c_noise)
+
+    expected = noise * scheduler.sigmas[0]
+    for t in scheduler.timesteps:
+        output = network(scheduler.scale_model_input(expected, t), t)
+        expected = scheduler.step(output, t, expected).prev_sample
+    assert torch.allclose(euler(denoise, noise, noise_levels(config, steps)), expected, atol=1e-4)
+
+
+def test_training_noise_levels_are_the_log_normal():
+    draws = draw_sigmas(TINY, 4096, torch.Generator().manual_seed(0), "cpu").log()
+    assert abs(draws.mean() - TINY.sigma_mean) < 0.01 and abs(draws.std() - TINY.sigma_std) < 0.01
+
+
+# ---- states
+
+def test_state_predictor_starts_at_the_kinematics_and_learns_the_rest():
+    torch.manual_seed(0)
+    model = WorldModel(TINY, CAMERAS, NORMALIZER)
+    state, none = START.expand(2, 8), torch.zeros(2, 4, 7)
+    assert torch.allclose(model.predict_state(state, none, none), state, atol=1e-5)
+    push = none.clone()
+    push[:, :, 0], push[:, :, 5] = 1, 0.5
+    after = model.predict_state(state, none, push)
+    assert torch.allclose(after[:, :3] - state[:, :3], torch.tensor([0.042, 0, 0]).expand(2, 3), atol=1e-5)
+    assert torch.allclose(turn_between(state, after), torch.tensor([0, 0, 0.2]).expand(2, 3), atol=1e-5)
+
+
+# ---- learning
+
+def toy_batch(B, seed=0, size=16):
+    """A white square in both views that the first action dimension moves by up to 4 pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    place = torch.randint(5, size - 6, (B,), generator=generator)
+    shift = torch.randint(-4, 5, (B,), generator=generator)
+
+    def draw(column):
+        distance = (torch.arange(size)[None] - column[:, None]).abs()                          # (B, W)
+        image = (distance < 2).float()[:, None, None, None] * 255
+        return image.expand(B, 2, 3, size, size).to(torch.uint8)
+
+    actions = torch.zeros(B, 4, 7)
+    actions[:, :, 0] = shift[:, None] / 4
+    state, moved = START.repeat(B, 1), torch.zeros(B, 8)
+    moved[:, 0] = 0.05 * shift / 4
+    frame = draw(place)
+    return {"memory": frame[:, None].expand(B, 4, 2, 3, size, size), "memory_states": state[:, None].expand(B, 4, 8),
+            "previous_actions": torch.zeros(B, 4, 7), "actions": actions, "state": state, "next_state": state + moved,
+            "target": draw(place + shift)}
+
+
+def test_overfits_one_batch_and_then_a_shuffled_action_makes_it_worse():
+    torch.manual_seed(0)
+    config = replace(TINY, attention=False, residual_std=(0.7, 0.7), sigma_mean=1.5, memory_noise=0.0)
+    model, batch = WorldModel(config, CAMERAS, NORMALIZER), toy_batch(8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(120):
+        loss, metrics = world_model_loss(model, batch, torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    def mse(order):
+        images = model.sample(batch["memory"], batch["memory_states"], batch["state"], batch["next_state"][order],
+                              batch["previous_actions"], batch["actions"][order], torch.Generator().manual_seed(0))
+        return ((images.float() - batch["target"].float()) / 255).square().mean()
+
+    unchanged = ((batch["memory"][:, -1].float() - batch["target"].float()) / 255).square().mean()
+    straight, shuffled = mse(torch.arange(8)), mse(torch.arange(8).roll(1))
+    assert straight < 0.2 * unchanged and shuffled > 3 * straight
+    assert metrics["state_mm"] < 5 and all(math.isfinite(value) for value in metrics.values())
+
+
+def test_the_loss_depends_on_its_generator_alone():
+    model, batch = make_model(), toy_batch(4)
+    first, _ = world_model_loss(model, batch, torch.Generator().manual_seed(3))
+    torch.rand(1)
+    again, _ = world_model_loss(model, batch, torch.Generator().manual_seed(3))
+    other, _ = world_model_loss(model, batch, torch.Generator().manual_seed(4))
+    assert first == again and first != other
+
+
+# ---- the environment
+
+def test_an_action_changes_the_next_frame_and_none_before():
+    actions = make_actions(2, 5)
+    changed = actions.clone()
+    changed[3] = -changed[3]
+    env = VirtualEnv(make_model(), NeverDone(), VirtualEnvConfig(horizon=8), 2)
+    one, two = play(env, make_contexts(2), actions, seed=0), play(env, make_contexts(2), changed, seed=0)
+    assert torch.equal(one[:4], two[:4]) and not torch.equal(one[4], two[4])
+
+
+def test_same_seed_same_rollout_and_the_noise_goes_on_without_one():
+    contexts, actions = make_contexts(2), make_actions(2, 3)
+    env = VirtualEnv(make_model(), NeverDone(), VirtualEnvConfig(seed=7), 2)
+    first = play(env, contexts, actions)
+    assert not torch.equal(first, play(env, contexts, actions))
+    assert torch.equal(first, play(env, contexts, actions, seed=7))
+
+
+def test_groups_share_their_noise():
+    contexts, actions = [make_contexts(1)[0]] * 4, make_actions(1, 3).expand(3, 4, 4, 7)
+    frames = play(VirtualEnv(make_model(), NeverDone(), VirtualEnvConfig(), 4, group_size=2), contexts, actions)[-1]
+    assert torch.equal(frames[0], frames[1]) and torch.equal(frames[2], frames[3]) and not torch.equal(frames[0], frames[2])
+    alone = VirtualEnvConfig(shared_noise=False)
+    frames = play(VirtualEnv(make_model(), NeverDone(), alone, 4, group_size=2), contexts, actions)[-1]
+    assert not torch.equal(frames[0], frames[1])
+
+
+def test_resetting_one_slot_leaves_the_others_bit_equal():
+    env = VirtualEnv(make_model(), NeverDone(), VirtualEnvConfig(), 3)
+    play(env, make_contexts(3), make_actions(3, 2))
+    before, frames, states = env.observe(), env.frames.clone(), env.states.clone()
+    mask, fresh = torch.tensor([False, True, False]), make_contexts(3, seed=9)
+    after, _ = env.reset([None, fresh[1], None], mask)
+    for b in (0, 2):
+        assert torch.equal(after["images"][b], before["images"][b]) and torch.equal(after["state"][b], before["state"][b])
+        assert torch.equal(env.frames[b], frames[b]) and torch.equal(env.states[b], states[b])
+        assert env.time[b] == 2 and after["instruction"][b] == before["instruction"][b]
+    assert torch.equal(after["images"][1], torch.from_numpy(fresh[1].images)) and env.time[1] == 0
+
+
+def test_the_reflector_ends_episodes_and_pays_only_at_the_end():
+    class Script:
+        """Scores rise with time: 0.2 more each chunk; task 1 is never done."""
+        calls = 0
+
+        def score(self, first, previous, current, instruction):
+            self.calls += 1
+            self.batch = len(instruction)
+            return torch.tensor([0.2 * self.calls if name == "task 0" else 0.1 for name in instruction])
+
+    script = Script()
+    env = VirtualEnv(make_model(), script, VirtualEnvConfig(horizon=4), 2)
+    env.reset(make_contexts(2))
+    history = [env.step(chunk) for chunk in make_actions(2, 6)]
+    rewards, terminated, truncated = (torch.stack([h[i] for h in history]) for i in (1, 2, 3))
+    scores = torch.stack([h[4]["score"] for h in history])
+    assert torch.allclose(rewards, torch.tensor([[0, 0], [0, 0], [0.6, 0], [0, 0.1], [0, 0], [0, 0]]))
+    assert terminated.nonzero().tolist() == [[2, 0]] and truncated.nonzero().tolist() == [[3, 1]]
+    assert script.calls == 4 and script.batch == 1                      # what has ended is not computed any more
+    assert torch.equal(scores.isnan(), torch.tensor([[0, 0]] * 3 + [[1, 0]] + [[1, 1]] * 2).bool())
+    assert torch.equal(history[2][0]["images"][0], history[5][0]["images"][0])
+
+
+def test_memory_is_first_third_two_thirds_and_last():
+    class Spy(WorldModel):
+        def sample(self, memory, memory_states, *rest, **noise):
+            self.seen = memory[:, :, 0, 0, 0, 0].tolist()
+            number = memory[:, -1] + 1
+            return number
+
+    model = Spy(TINY, CAMERAS, NORMALIZER)
+    env = VirtualEnv(model, None, VirtualEnvConfig(horizon=12), 2)
+    contexts = make_contexts(2)
+    for context in contexts:
+        context.images[:] = 0
+    env.reset(contexts)
+    for chunk in make_actions(2, 10):
+        obs, reward, terminated, truncated, info = env.step(chunk)
+    assert model.seen == [[0, 3, 6, 9]] * 2
+    assert info["score"].isnan().all() and not (terminated | truncated).any()
+
+
+def test_save_and_load_give_bit_equal_pictures(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    again = WorldModel.from_pretrained(tmp_path).eval()
+    assert again.config == model.config and again.cameras == CAMERAS
+    contexts, actions = make_contexts(2), make_actions(2, 2)
+    one, two = (play(VirtualEnv(m, None, VirtualEnvConfig(), 2), contexts, actions) for m in (model, again))
+    assert torch.equal(one, two)
+    (tmp_path / "config.json").write_text('{"world_model": {"colour": 1}}')
+    with pytest.raises(UserError):
+        WorldModel.from_pretrained(tmp_path)
