@@ -1,26 +1,26 @@
-"""The policy: OpenVLA-OFT's structure (arXiv 2502.19645) with World-Env's scale head, at a size two CPU cores can train.
+"""The policy: OpenVLA-OFT's structure (arXiv 2502.19645), World-Env's scale head, a size for two CPU cores.
 
-    two camera views ──► conv stem ──► V·16 tokens ┐
-    state (8) ─────────► 2-layer MLP ──► 1 token   ├─► bidirectional ──► states of the ──► action head ──► loc
-    instruction ───────► word embedding ──► N      │   transformer       L·A tokens    └─► scale head  ──► log b
-    L·A empty action tokens ───────────────────────┘   (one pass)        (B, L, A·D)        a ~ Laplace(loc, b)
+    two camera views ─► conv stem ──────► 2·16 tokens ┐
+    state (8) ────────► MLP ────────────► 1 token     ├─► bidirectional ─► states of  ─► action head ─► loc
+    instruction ──────► word embedding ─► N tokens    │   transformer      the L·A    ─► scale head ──► log b
+    L·A learned action tokens ────────────────────────┘   (one pass)       (B, L, A·D)   a ~ Laplace(loc, b)
 
-One forward pass gives a whole chunk: `policy(obs)` returns one `ActionDistribution` object that samples AND scores, in
-normalised action space; `policy.env_actions` turns its samples into environment units.
+One forward pass gives a whole chunk: `policy(obs)` returns one `ActionDistribution` that samples AND scores,
+in normalised action space; `policy.env_actions` turns its samples into environment units.
 
-Departures from OpenVLA-OFT and World-Env (section 3.1):
- 1. The backbone is the same `LlamaModel` with `is_causal = False`, but small and trained from scratch. A conv stem
-    replaces DINOv2 + SigLIP, and a hashed word embedding the tokeniser: no file is downloaded.
- 2. Action tokens are learned embeddings (zeros in OFT, told apart by rotary position alone) and are read out at their
-    own positions (OFT reads them shifted by one, a left-over of next-token prediction).
- 3. Augmentation is a random shift with repeated edges, so that there is nothing to crop at test time (OFT: a random
-    90 % crop, then a centre crop), and brightness, contrast and saturation (OFT: hue as well).
- 4. log b lies in [-5, 0.5] (World-Env: [-2, 0.5]). Noise is independent at every control step, a random walk of the
-    hand; on LIBERO-Object episodes still succeed at b = 0.03 and hardly at b = 0.1. Besides, with the bias at -3 a
-    clamp at -2 passes no gradient: the scale head could never learn.
- 5. In cloning the scale head learns from detached features and a detached loc: it cannot hurt the mean.
+Departures from OpenVLA-OFT and World-Env:
+ 1. The backbone is the same `LlamaModel` with `is_causal = False`, but small and trained from scratch. A conv
+    stem replaces DINOv2 + SigLIP, and a hashed word embedding the tokeniser: no file is downloaded.
+ 2. Action tokens are learned embeddings (zeros in OFT, told apart by rotary position alone) and are read out
+    at their own positions (OFT reads them shifted by one, a left-over of next-token prediction).
+ 3. Augmentation is a random shift with repeated edges, so that there is nothing to crop at test time (OFT: a
+    random 90 % crop, then a centre crop), and brightness, contrast and saturation (OFT: hue as well).
+ 4. log b lies in [-5, 0.5] (World-Env: [-2, 0.5]). Noise is independent at every control step, a random walk
+    of the hand: on two tasks of LIBERO-Object 18 of 30 episodes succeeded at b = 0.03 and 5 of 30 at b = 0.1.
+    Besides, with the bias at -3 a clamp at -2 passes no gradient: the scale head could not learn.
+ 5. In cloning the scale head learns from detached features and a detached loc: its gradient stays its own.
 
-Shapes: B batch, V views, L action-chunk length, A action dimensions, C, H, W image, N tokens, D width.
+Shapes: B batch, V views, L action-chunk length, A action dimensions, C, H, W image, N words, D width.
 
 Try it:  python -m pytest tests/test_policy.py
 """
@@ -58,7 +58,7 @@ class PolicyConfig:
     log_scale_init: float = -3.0  # bias of the scale head's last layer: log b at the start
     log_scale_min: float = -5.0  # lower clamp of log b; below it the scale head gets no gradient
     log_scale_max: float = 0.5  # upper clamp of log b
-    scale_loss_weight: float = 0.1  # Adam cancels it; it keeps rare large errors over a small b out of the clipped norm
+    scale_loss_weight: float = 0.1  # of the scale head in cloning; under 1 for the sake of gradient clipping
     augment: bool = True  # shift and colour jitter in clone_loss
     max_shift: float = 0.05  # largest random shift of a view, as a fraction of the image side
     jitter: float = 0.2  # largest relative change of brightness, contrast and saturation
@@ -68,15 +68,15 @@ class PolicyConfig:
         return cls(width=64, layers=2, stem_width=64)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Distribution
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 @dataclass
 class ActionDistribution:
     """Independent Laplace over a chunk of normalised actions. The only place that samples or scores one.
 
-    loc, log_scale: (B, L, A), float32 outside autocast. At b = 0.03 a rounding error of bfloat16 in loc would be
-    worth a tenth of b in every dimension, and the ratio of PPO multiplies them.
+    loc, log_scale: (B, L, A), float32 outside autocast. At b = 0.03 bfloat16's rounding of loc would be worth
+    a tenth of b in every dimension, and the ratio of PPO multiplies them.
     """
     loc: torch.Tensor
     log_scale: torch.Tensor
@@ -94,10 +94,8 @@ class ActionDistribution:
 
     def log_prob(self, actions) -> torch.Tensor:
         """actions (B, L, A) -> (B, L): one log-probability a control step, the sum over its dimensions."""
-        return self._log_density(actions).sum(-1)
-
-    def _log_density(self, actions):
-        return -(actions - self.loc).abs() * (-self.log_scale).exp() - self.log_scale - math.log(2)  # (B, L, A)
+        distance = (actions - self.loc).abs() * (-self.log_scale).exp()
+        return -(distance + self.log_scale + math.log(2)).sum(-1)
 
     def entropy(self) -> torch.Tensor:
         """(B, L)."""
@@ -108,18 +106,19 @@ class ActionDistribution:
         return ActionDistribution(self.loc, self.log_scale + math.log(temperature))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Blocks
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def tokenize(instructions, vocab_size, device="cpu"):
-    """list of B strings -> ids (B, N), valid (B, N) bool; padded on the right with 0.
+    """list of B strings -> ids (B, N), is_word (B, N) bool; padded on the right with 0.
 
-    A word's id is its CRC-32 (the same on every machine and in every process), so there is no vocabulary to store.
+    A word's id is its CRC-32, the same on every machine and in every process: no vocabulary is stored.
     """
     words = [instruction.lower().split() for instruction in instructions]
     ids = torch.zeros(len(words), max(map(len, words)), dtype=torch.long)
-    for row, sentence in zip(ids, words):
-        row[:len(sentence)] = torch.tensor([1 + zlib.crc32(word.encode()) % (vocab_size - 1) for word in sentence])
+    for row, sentence in enumerate(words):
+        for column, word in enumerate(sentence):
+            ids[row, column] = 1 + zlib.crc32(word.encode()) % (vocab_size - 1)
     ids = ids.to(device)
     return ids, ids > 0
 
@@ -129,19 +128,19 @@ def to_float(images):
 
 
 def augment(images, config, generator):
-    """uint8 (B, V, 3, H, W) -> float in [-1, 1]. Every view is shifted on its own; a sample's colours change together."""
+    """uint8 (B, V, 3, H, W) -> float in [-1, 1]. Each view has its shift, each sample its colours."""
     B, V, C, H, W = images.shape
     reach = round(config.max_shift * H)
     shift = torch.randint(-reach, reach + 1, (2, B * V, 1), generator=generator, device=images.device)
     pixels = torch.arange(H, device=images.device)
-    rows, columns = (pixels + shift).clamp(0, H - 1)                                # (B·V, H) each: edges repeat
+    rows, columns = (pixels + shift).clamp(0, H - 1)                          # (B·V, H) each: edges repeat
     which = torch.arange(B * V, device=images.device)[:, None, None]
     shifted = images.flatten(0, 1).permute(0, 2, 3, 1)[which, rows[:, :, None], columns[:, None, :]]
     shifted = to_float(shifted).permute(0, 3, 1, 2).reshape(B, V, C, H, W)
     brightness, contrast, saturation = config.jitter * (
         2 * torch.rand(3, B, 1, 1, 1, 1, generator=generator, device=images.device) - 1)
-    grey = shifted.mean(2, keepdim=True)                                            # (B, V, 1, H, W)
-    level = grey.mean((1, 3, 4), keepdim=True)                                      # (B, 1, 1, 1, 1)
+    grey = shifted.mean(2, keepdim=True)                                      # (B, V, 1, H, W)
+    level = grey.mean((1, 3, 4), keepdim=True)                                # (B, 1, 1, 1, 1)
     shifted = grey + (shifted - grey) * (1 + saturation)
     return (level + (shifted - level) * (1 + contrast) + brightness).clamp(-1, 1)
 
@@ -149,8 +148,8 @@ def augment(images, config, generator):
 class ConvStem(nn.Module):
     """One view (B, 3, H, W) -> grid² tokens (B, N, D). Both views share it.
 
-    Each step halves the map; the last one turns 2x2 cells of `stem_width` channels into a token, so the place of an
-    edge inside its token's 16 pixels survives in the channels.
+    Each step halves the map; the last one turns 2x2 cells of `stem_width` channels into a token, so the place
+    of an edge inside its token's 16 pixels survives in the channels.
     """
 
     def __init__(self, config):
@@ -159,10 +158,10 @@ class ConvStem(nn.Module):
         if config.grid << steps != config.image_size:
             raise UserError(f"image_size {config.image_size} must be a power of two times grid {config.grid}")
         widths = [3] + [config.stem_width >> (steps - 2 - i) for i in range(steps - 1)]
+        kernels = [5] + [3] * (steps - 2)
         self.blocks = nn.Sequential(*(
-            nn.Sequential(nn.Conv2d(n_in, n_out, 5 if n_in == 3 else 3, stride=2, padding=2 if n_in == 3 else 1),
-                          nn.GroupNorm(1, n_out), nn.GELU())
-            for n_in, n_out in zip(widths, widths[1:])))
+            nn.Sequential(nn.Conv2d(n_in, n_out, k, 2, k // 2), nn.GroupNorm(1, n_out), nn.GELU())
+            for n_in, n_out, k in zip(widths, widths[1:], kernels)))
         self.patches = nn.Conv2d(widths[-1], config.width, 2, stride=2)
 
     def forward(self, x):
@@ -191,11 +190,14 @@ class MLPResNet(nn.Module):
         return self.linear_out(self.norm_out(self.blocks(self.linear_in(self.norm_in(x)).relu())))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Policy
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 class Policy(nn.Module):
-    """obs = {"images" uint8 (B, V, 3, H, W) upright, "state" (B, 8), "instruction" list of B} -> ActionDistribution."""
+    """obs -> ActionDistribution over normalised actions (B, L, A).
+
+    obs = {"images": uint8 (B, V, 3, H, W) upright, "state": (B, 8) in m and rad, "instruction": list of B}
+    """
 
     def __init__(self, config: PolicyConfig, normalizer: Normalizer):
         super().__init__()
@@ -206,8 +208,9 @@ class Policy(nn.Module):
         self.proprio_projector = nn.Sequential(nn.Linear(config.state_dim, D), nn.GELU(), nn.Linear(D, D))
         self.action_tokens = nn.Parameter(0.02 * torch.randn(slots, D))
         self.backbone = LlamaModel(LlamaConfig(
-            vocab_size=config.vocab_size, pad_token_id=0, hidden_size=D, intermediate_size=int(config.mlp_ratio * D),
-            num_hidden_layers=config.layers, num_attention_heads=config.attention_heads, is_causal=False))
+            vocab_size=config.vocab_size, pad_token_id=0, hidden_size=D, num_hidden_layers=config.layers,
+            intermediate_size=int(config.mlp_ratio * D), num_attention_heads=config.attention_heads,
+            is_causal=False))
         self.action_head = MLPResNet(config.action_dim * D, D, config.action_dim)
         self.scale_head = MLPResNet(config.action_dim * D, D, config.action_dim)
         nn.init.constant_(self.scale_head.linear_out.bias, config.log_scale_init)
@@ -221,21 +224,21 @@ class Policy(nn.Module):
         return self.heads(features, features)
 
     def features(self, images, state, instruction):
-        """images float (B, V, 3, H, W) in [-1, 1], state (B, 8) raw -> hidden states of the action tokens (B, L, A·D)."""
+        """Images float in [-1, 1], state as it comes -> hidden states of the action tokens (B, L, A·D)."""
         B, V, C, H, W = images.shape
-        views = self.stem(images.flatten(0, 1)).unflatten(0, (B, V)) + self.view_position       # (B, V, 16, D)
-        proprio = self.proprio_projector(self.normalizer.normalize_state(state.to(self.device)))[:, None]
+        views = self.stem(images.flatten(0, 1)).unflatten(0, (B, V)) + self.view_position   # (B, V, 16, D)
+        state = self.normalizer.normalize_state(state.to(self.device))
+        proprio = self.proprio_projector(state)[:, None]                                    # (B, 1, D)
         ids, is_word = tokenize(instruction, self.config.vocab_size, self.device)
-        words = self.backbone.embed_tokens(ids)                                                 # (B, N, D)
-        slots = self.action_tokens.expand(B, -1, -1)                                            # (B, L·A, D)
+        words = self.backbone.embed_tokens(ids)                                             # (B, N, D)
+        slots = self.action_tokens.expand(B, -1, -1)                                        # (B, L·A, D)
         tokens = torch.cat([views.flatten(1, 2), proprio, words, slots], dim=1)
         n_before, n_after = V * views.shape[2] + 1, slots.shape[1]
-        mask = nn.functional.pad(is_word, (n_before, 0), value=True)
-        mask = nn.functional.pad(mask, (0, n_after), value=True).long()
+        mask = nn.functional.pad(is_word.long(), (n_before, n_after), value=1)              # (B, 33 + N + L·A)
         # Positions count valid tokens, so padding neither is seen nor moves what follows it.
         hidden = self.backbone(inputs_embeds=tokens, attention_mask=mask, position_ids=mask.cumsum(1) - 1,
                                use_cache=False).last_hidden_state
-        return hidden[:, -n_after:].reshape(B, self.config.chunk_size, -1)                      # (B, L, A·D)
+        return hidden[:, -n_after:].reshape(B, self.config.chunk_size, -1)                  # (B, L, A·D)
 
     def heads(self, loc_features, scale_features) -> ActionDistribution:
         with torch.autocast(self.device.type, enabled=False):
@@ -244,7 +247,7 @@ class Policy(nn.Module):
         return ActionDistribution(loc, log_scale.clamp(self.config.log_scale_min, self.config.log_scale_max))
 
     def env_actions(self, actions) -> torch.Tensor:
-        """Normalised (B, L, A) -> environment units, clipped to [-1, 1]; the gripper fully opens (-1) or closes (+1)."""
+        """Normalised (B, L, A) -> environment units, clipped to [-1, 1]; gripper -1 (open) or +1 (close)."""
         motion = self.normalizer.unnormalize_action(actions).clamp(-1, 1)
         gripper = torch.where(actions[..., -1:] > 0, 1.0, -1.0)
         return torch.cat([motion[..., :-1], gripper], dim=-1)
@@ -257,7 +260,7 @@ class Policy(nn.Module):
     def from_pretrained(cls, folder) -> "Policy":
         saved = read_json(f"{folder}/config.json")
         if saved.get("model_type") != MODEL_TYPE:
-            raise UserError(f"{folder} holds a {saved.get('model_type')}, not a {MODEL_TYPE}: give a policy's folder")
+            raise UserError(f"{folder} holds a {saved.get('model_type')}, not a policy: name another")
         policy = cls(PolicyConfig(**saved["config"]), Normalizer.from_dict(saved["normalizer"]))
         return load_weights(folder, policy).eval()
 
@@ -270,27 +273,29 @@ def parameter_groups(policy, lr_backbone, lr_heads) -> list[dict]:
             {"params": heads, "lr": lr_heads}]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Loss
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def clone_loss(policy, batch, generator):
-    """Behaviour cloning: L1 for the mean (OpenVLA-OFT) plus the Laplace negative log-likelihood for the scale.
+    """Behaviour cloning: L1 for the mean (OpenVLA-OFT), the Laplace negative log-likelihood for the scale.
 
     batch: obs and "actions" (B, L, A) normalised, "valid" (B, L) bool: False where a demonstration has ended.
+    generator: on the batch's device.
     """
     config = policy.config
     images = augment(batch["images"], config, generator) if config.augment else to_float(batch["images"])
     features = policy.features(images, batch["state"], batch["instruction"])
     predicted = policy.heads(features, features.detach())
     valid = batch["valid"]
-    actions = torch.where(valid[..., None], batch["actions"], 0.0)  # what stands in padded steps, NaN too, is never seen
+    actions = torch.where(valid[..., None], batch["actions"], 0.0)  # padding may hold anything, NaN too
     l1 = masked_mean((predicted.loc - actions).abs().mean(-1), valid)
     scale = ActionDistribution(predicted.loc.detach(), predicted.log_scale)
     nll = -masked_mean(scale.log_prob(actions), valid) / actions.shape[-1]
     with torch.no_grad():
         gripper = masked_mean(((predicted.loc[..., -1] > 0) == (actions[..., -1] > 0)).float(), valid)
         log_scale = masked_mean(predicted.log_scale.mean(-1), valid)
-    return l1 + config.scale_loss_weight * nll, {"l1": l1.detach(), "nll": nll.detach(), "log_scale": log_scale, "gripper_accuracy": gripper}
+    metrics = {"l1": l1.detach(), "nll": nll.detach(), "log_scale": log_scale, "gripper_accuracy": gripper}
+    return l1 + config.scale_loss_weight * nll, metrics
 
 
 def masked_mean(values, valid):

@@ -214,7 +214,7 @@ def contact_sheet(path, true_frames, imagined_frames, scores_true, scores_imagin
                   columns=8, scale=2):
     """Write a PNG of up to `columns` evenly spaced moments, first and last included; else as `film_strip`."""
     T, V, H, W, _ = true_frames.shape
-    times = np.unique(np.linspace(0, T - 1, min(columns, T)).round().astype(int))
+    times = np.unique(np.linspace(0, T - 1, columns).round().astype(int))
     tile, block, top = scale * W + GAP, V * (scale * H + GAP) + BAR + 8, TOP + 20
     page, draw = _page(MARGIN + len(times) * tile, top + 2 * block + 16, title, success)
     for name, frames, scores in [("true", true_frames, scores_true),

@@ -19,7 +19,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import tyro
@@ -39,7 +39,8 @@ from runs import (FitConfig, Run, UserError, clear_errors, fit, load_resume, rea
                   write_json)
 from world_model import VirtualEnv, VirtualEnvConfig, WorldModel, WorldModelConfig, world_model_loss
 
-STAGES = ("demonstrate", "clone", "explore", "simulate", "reflect", "imagine", "evaluate")
+Stage = Literal["demonstrate", "clone", "explore", "simulate", "reflect", "imagine", "evaluate"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 @dataclass
@@ -64,8 +65,7 @@ class TrainConfig:
     task_ids: tuple[int, ...] = ()  # tasks of the suite; empty: all of them
     seed: int = 0  # of placements, networks, batches and noise
     output_dir: str = ""  # run folder; empty: runs/<task>
-    stages: tuple[Literal["demonstrate", "clone", "explore", "simulate", "reflect", "imagine", "evaluate"],
-                  ...] = STAGES  # stages to run; the others' products must be there
+    stages: tuple[Stage, ...] = STAGES  # stages to run; what they need of the others must be there
     demos: str = ""  # folder with official LIBERO HDF5 demonstrations; empty: a scripted expert makes them
     num_demos: int = 5  # demonstrations a task
     rl_env: Literal["virtual", "libero"] = "virtual"  # where RL happens: in imagination, or in the true simulator
@@ -74,13 +74,13 @@ class TrainConfig:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     clone: FitConfig = field(default_factory=lambda: FitConfig(steps=3000, batch_size=32, lr=1e-3))
     explore: ExploreConfig = field(default_factory=ExploreConfig)
-    world_model: WorldModelConfig = field(default_factory=WorldModelConfig)
-    simulate: FitConfig = field(default_factory=lambda: FitConfig(steps=1000, batch_size=16, lr=5e-4))
+    world_model: WorldModelConfig = field(default_factory=lambda: WorldModelConfig(channels=(32, 64, 96)))
+    simulate: FitConfig = field(default_factory=lambda: FitConfig(steps=1500, batch_size=16, lr=1e-3))
     reflector: ReflectorConfig = field(default_factory=ReflectorConfig)
     reflect: FitConfig = field(default_factory=lambda: FitConfig(steps=600, batch_size=32, lr=1e-3))
     virtual: VirtualEnvConfig = field(default_factory=VirtualEnvConfig)
     start: StartConfig = field(default_factory=StartConfig)
-    ppo: PPOConfig = field(default_factory=PPOConfig)
+    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(iterations=12))
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
@@ -121,7 +121,7 @@ def train(config: TrainConfig):
         if name in config.stages:
             with run.stage(name, settings) as folder:
                 step(config, run, folder, device)
-        elif name != "evaluate":
+        elif any(later in config.stages for later in STAGES[STAGES.index(name):]):
             raise UserError(f"{run.path(name)} is missing: add {name} to --stages")
     if run.path("evaluate").is_dir():
         finish(config, run)
@@ -262,7 +262,8 @@ def imagine(config, run, folder, device):
     try:
         for iteration in tqdm(range(first, config.ppo.iterations), initial=first, total=config.ppo.iterations,
                               desc="imagine", unit="iteration"):
-            env.reset_noise(iteration)
+            if config.rl_env == "virtual":
+                env.reset_noise(iteration)
             metrics = improve(policy, optimizer, env, draw_contexts, config.ppo, step_generator(config.seed, iteration))
             run.log("imagine", iteration + 1, metrics)
             save_resume(folder, iteration + 1, policy, optimizer)

@@ -1,34 +1,33 @@
-"""The world simulator and the virtual environment made of it (World-Env section 3.2; EnerVerse-AC; EDM as in DIAMOND).
+"""The world simulator and the virtual environment (World-Env section 3.2; EnerVerse-AC; EDM as in DIAMOND).
 
-One action chunk in, one pair of pictures out. The robot's next state comes from kinematics and a learned correction;
-the picture comes from a diffusion model that is given the geometry and paints only what geometry cannot know:
+One chunk of actions in, one pair of pictures out. The robot's next state comes from kinematics and a learned
+correction; the pictures come from a diffusion model that is given the geometry and paints what is unknown:
 
-    base      agent view: the last frame;  wrist: the last frame warped to the hand's next pose over the table
-    residual  (next frame - base) / residual_std, the thing that is diffused, so sigma_data = 1
+    base      agent view: the last frame;  wrist: the last frame warped over the table to the hand's next pose
+    residual  (next frame - base) / residual_std: this is what is diffused, so sigma_data = 1
 
-    noisy residual -- c_in --+
-    base, last wrist picture |  pixel       U-Net            c_out
-    memory frames of agent --+-> unshuffle -> (diffusers) ---------> + ----> clean residual -> + base -> next frame
-    view, and warped wrist   |                 ^             c_skip /
-    action maps old and new -+                 |                   noisy residual
-                             noise level, action chunk, old and new state
+    noisy residual --- c_in ---+
+    base, last wrist frame ----|   pixel      U-Net
+    memory: agent view, -------+-> unshuffle -> (diffusers) -- c_out --> + --> residual --> + --> next frame
+        wrist warped           |                 ^                       |                  |
+    action maps, old and new --+                 |              noisy residual * c_skip   base
+                                  noise level, action chunk, old and new state
 
 Departures from the paper:
-1. Diffusion in pixels over a residual with 1 to 3 Euler steps; the paper denoises latents in 27 DDIM steps.
-2. Both views are imagined together; known camera poses replace its VGGT features and ray maps, and there is no CLIP.
-3. The memory (frames at 0, 1/3, 2/3 of the history and the last) is noised in training, save the first: it is real.
-4. The action map's pose is the true one in training and the predicted one in imagination.
+1. Diffusion of pixels, of a residual, in 1 to 3 Euler steps; the paper's latents take 27 DDIM steps.
+2. It imagines both views at once. Known camera poses replace the VGGT features and ray maps; no CLIP.
+3. Memory (frames at 0, 1/3, 2/3 of the history and the last) is noised in training, save the first one.
+4. The action map shows the true next pose in training and the predicted one in imagination.
 
-Shape letters: B trajectories, F memory frames, V camera views (0 agent view, 1 wrist), L action-chunk length,
-A action dimensions, C, H, W image, D width of the embedding.
+Shape letters: B trajectories (b alive), F memory frames, V camera views (0 agent view, 1 wrist), L length of
+an action chunk, C, H, W image, D width of the embedding.
 
 Try it: python -m pytest tests/test_world_model.py
 """
+from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
 
 import gymnasium as gym
 import numpy as np
@@ -38,52 +37,39 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from episodes import MEMORY, Normalizer, StartContext, memory_index
-from geometry import Cameras, action_map, quaternion, rotate_by, rotation_matrix, turn_between, warp_wrist
+from geometry import Cameras, action_map, rotation_matrix, turn_between, turn_state, warp_wrist
 from runs import UserError, load_weights, read_json, save_model
 
-SIGMA_DATA = 1.0  # standard deviation of the residual, after division by residual_std
+SIGMA_DATA = 1.0  # standard deviation of what is diffused: residual_std sees to it
+STATE_FEATURES = 11  # width of `state_features`
 
 
 @dataclass
 class WorldModelConfig:
-    """The world simulator."""
-
-    image_size: int = 64
-    """height and width of a picture"""
-    chunk_size: int = 8
-    """actions in a chunk (L)"""
-    patch: int = 2
-    """pixel-unshuffle: the U-Net works on a grid of image_size / patch"""
-    channels: tuple[int, ...] = (48, 96, 144)
-    """width of each U-Net level; each level halves the grid"""
-    layers: int = 1
-    """residual blocks a level"""
-    attention: bool = True
-    """self-attention at the coarsest level"""
-    residual_std: tuple[float, float] = (0.12, 0.18)
-    """standard deviation of (next frame - base) in agent view and wrist, pictures in [-1, 1]"""
-    sigma_mean: float = 0.3
-    """mean of log sigma in training"""
-    sigma_std: float = 1.2
-    """standard deviation of log sigma in training"""
-    sigma_min: float = 0.2
-    """lowest noise level of the sampler before 0"""
-    sigma_max: float = 10.0
-    """noise level that sampling starts at"""
-    rho: float = 7.0
-    """bend of the noise schedule (EDM equation 5)"""
-    sampling_steps: int = 2
-    """Euler steps a picture"""
-    memory_noise: float = 0.1
-    """training adds noise of a standard deviation up to this to the memory (pictures in [-1, 1])"""
-    state_width: int = 256
-    """width of the MLP that corrects the kinematics"""
+    """The world simulator. The defaults train in ten minutes on two cores."""
+    image_size: int = 64  # height and width of a picture
+    chunk_size: int = 8  # actions in a chunk (L)
+    patch: int = 2  # pixel-unshuffle: the U-Net's grid is image_size / patch wide
+    channels: tuple[int, ...] = (48, 96, 144)  # width of every U-Net level; each level halves the grid
+    layers: int = 1  # residual blocks a level
+    attention: bool = True  # self-attention at the coarsest level
+    hand_height: float = 0.22  # lowest part of the wrist picture, which shows the hand itself: it isn't warped
+    residual_std: tuple[float, float] = (0.15, 0.25)  # of next frame - base, in each view, in [-1, 1]
+    sigma_mean: float = 0.3  # mean of log sigma in training
+    sigma_std: float = 1.2  # standard deviation of log sigma in training
+    sigma_max: float = 10.0  # noise level that sampling starts at
+    sigma_min: float = 0.2  # noise level of the sampler's last step
+    rho: float = 7.0  # bend of the sampler's schedule (EDM equation 5)
+    sampling_steps: int = 2  # Euler steps a frame
+    memory_noise: float = 0.1  # training adds noise of up to this standard deviation to the memory
+    state_width: int = 256  # width of the MLP that corrects the kinematics
 
 
-# ---- diffusion: EDM (arXiv 2206.00364, table 1), written out
-
+# ----------------------------------------------------------------------------------------------------------
+# Diffusion: EDM (arXiv 2206.00364, table 1), written out
+# ----------------------------------------------------------------------------------------------------------
 def preconditioning(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """D(x; sigma) = c_skip x + c_out U-Net(c_in x, c_noise): input and target of the U-Net have unit variance."""
+    """D(x; sigma) = c_skip x + c_out U-Net(c_in x, c_noise): the U-Net's input and target have variance 1."""
     c_in = 1 / (sigma**2 + SIGMA_DATA**2).sqrt()
     c_skip = SIGMA_DATA**2 / (sigma**2 + SIGMA_DATA**2)
     c_out = sigma * SIGMA_DATA * c_in
@@ -92,13 +78,12 @@ def preconditioning(sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def noise_levels(config: WorldModelConfig, steps: int) -> Tensor:
     """(steps + 1,) falling from sigma_max to sigma_min, then 0 (EDM equation 5)."""
-    ramp = torch.linspace(0, 1, steps)
-    low, high = config.sigma_min ** (1 / config.rho), config.sigma_max ** (1 / config.rho)
-    return torch.cat([(high + ramp * (low - high)) ** config.rho, torch.zeros(1)])
+    high, low = config.sigma_max ** (1 / config.rho), config.sigma_min ** (1 / config.rho)
+    return torch.cat([(high + torch.linspace(0, 1, steps) * (low - high)) ** config.rho, torch.zeros(1)])
 
 
 def euler(denoise, noise: Tensor, sigmas: Tensor) -> Tensor:
-    """Follow the probability flow from `noise` (unit variance) to a clean sample. `denoise(x, sigma)` -> clean x."""
+    """From `noise` (variance 1) along the probability flow to a clean sample. denoise(x, sigma) -> clean x"""
     x = noise * sigmas[0]
     for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:]):
         direction = (x - denoise(x, sigma)) / sigma
@@ -106,126 +91,9 @@ def euler(denoise, noise: Tensor, sigmas: Tensor) -> Tensor:
     return x
 
 
-# ---- the robot's next state
-
-class StatePredictor(nn.Module):
-    """Kinematics + correction. A command moves the hand by about a fifth of itself, and later than asked (the controller
-    is an impedance one), so the gains are a linear layer over both chunks that starts at the measured ones; an MLP adds
-    the rest. Predicts (B, 8): shift of the gripper, its turn in world axes, change of the finger joints."""
-
-    def __init__(self, chunk_size: int, width: int):
-        super().__init__()
-        inputs = 11 + 2 * 7 * chunk_size
-        self.register_buffer("scale", torch.tensor([0.05] * 3 + [0.1] * 3 + [0.02] * 2), persistent=False)
-        self.linear = nn.Linear(inputs, 8)
-        self.correction = nn.Sequential(nn.Linear(inputs, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
-                                        nn.Linear(width, 8))
-        nn.init.zeros_(self.correction[-1].weight)
-        nn.init.zeros_(self.correction[-1].bias)
-        nn.init.zeros_(self.linear.weight)
-        nn.init.zeros_(self.linear.bias)
-        with torch.no_grad():                                                # metres and radians a unit and control step
-            gains = self.linear.weight[:, -7 * chunk_size:].view(8, chunk_size, 7)
-            for i, gain in enumerate([0.0105] * 3 + [0.1] * 3):
-                gains[i, :, i] = gain / self.scale[i]
-
-    def forward(self, features: Tensor, previous_actions: Tensor, actions: Tensor) -> Tensor:
-        x = torch.cat([features, previous_actions.flatten(1), actions.flatten(1)], dim=1)
-        return self.linear(x) + self.correction(x)                           # (B, 8), in units of `scale`
-
-
-# ---- the world model
-
-class WorldModel(nn.Module):
-    """What the next chunk of actions does to the robot and to the pictures."""
-
-    def __init__(self, config: WorldModelConfig, cameras: Cameras, normalizer: Normalizer):
-        super().__init__()
-        self.config, self.cameras, self.normalizer = config, cameras, normalizer
-        levels, D = len(config.channels), 4 * config.channels[0]
-        views = 3 * 2                                                        # colours of both views together
-        context = 3 * MEMORY + 4 * MEMORY + 3 + 3 + 3 + 3                    # see `context`
-        blocks = ["DownBlock2D"] * (levels - 1) + ["AttnDownBlock2D" if config.attention else "DownBlock2D"]
-        self.unet = UNet2DModel(
-            in_channels=(views + context) * config.patch**2, out_channels=views * config.patch**2,
-            block_out_channels=config.channels, layers_per_block=config.layers, norm_num_groups=8,
-            attention_head_dim=32, add_attention=config.attention, class_embed_type="identity",
-            down_block_types=tuple(blocks), up_block_types=tuple(b.replace("Down", "Up") for b in reversed(blocks)))
-        nn.init.zeros_(self.unet.conv_out.weight)                            # starts at the base
-        nn.init.zeros_(self.unet.conv_out.bias)
-        self.embed_actions = nn.Sequential(nn.Linear(7 * config.chunk_size + 2 * 11, D), nn.SiLU(), nn.Linear(D, D))
-        self.state_predictor = StatePredictor(config.chunk_size, config.state_width)
-        std = torch.tensor(config.residual_std).repeat_interleave(3)[None, :, None, None]
-        self.register_buffer("residual_std", std, persistent=False)          # (1, V*3, 1, 1)
-
-    def state_features(self, state: Tensor) -> Tensor:
-        """(B, 8) -> (B, 11) for a network: position and fingers normalised, two columns of the rotation matrix."""
-        scaled = self.normalizer.normalize_state(state)
-        rotation = rotation_matrix(state[:, 3:6])[:, :, :2].flatten(1)       # no jump where an axis-angle has one
-        return torch.cat([scaled[:, :3], rotation, scaled[:, 6:]], dim=1)
-
-    def predict_state(self, state: Tensor, previous_actions: Tensor, actions: Tensor) -> Tensor:
-        """State (B, 8), the chunk that led to it and the chunk to play (B, L, 7) -> the state (B, 8) after that chunk."""
-        with torch.autocast(state.device.type, enabled=False):
-            change = self.state_predictor(self.state_features(state), previous_actions, actions)
-            change = change * self.state_predictor.scale
-        position = state[:, :3] + change[:, :3]
-        return torch.cat([position, rotate_by(state, change[:, 3:6]), state[:, 6:] + change[:, 6:]], dim=1)
-
-    def context(self, memory: Tensor, memory_states: Tensor, next_state: Tensor) -> tuple[Tensor, Tensor]:
-        """Memory (B, F, V, 3, H, W) in [-1, 1] and its states (B, F, 8) -> base (B, V*3, H, W) and all that the U-Net
-        gets to see beside the noisy residual (B, 40, H, W)."""
-        B, M, V, C, H, W = memory.shape
-        pose = next_state.repeat_interleave(M, dim=0)                                    # (B*F, 8)
-        warped, seen = warp_wrist(memory[:, :, 1].flatten(0, 1), memory_states.flatten(0, 1), pose,
-                                  self.cameras.wrist, self.cameras.plane_z)
-        warped, seen = warped.view(B, M, C, H, W) * seen.view(B, M, 1, H, W), seen.view(B, M, 1, H, W)
-        agent, wrist = memory[:, -1, 0], memory[:, -1, 1]                                # (B, 3, H, W)
-        base = torch.cat([agent, warped[:, -1] + (1 - seen[:, -1]) * wrist], dim=1)      # (B, V*3, H, W)
-        maps = [action_map(self.cameras.agentview, s, H, W) * 2 - 1 for s in (memory_states[:, -1], next_state)]
-        context = [memory[:, :, 0].flatten(1, 2), warped.flatten(1, 2), seen.flatten(1, 2), wrist, base[:, 3:], *maps]
-        return base, torch.cat(context, dim=1)
-
-    def embedding(self, state: Tensor, next_state: Tensor, actions: Tensor) -> Tensor:
-        old, new = self.state_features(state), self.state_features(next_state)
-        return self.embed_actions(torch.cat([actions.flatten(1), new, 4 * (new - old)], dim=1))   # (B, D)
-
-    def denoise(self, x: Tensor, sigma: Tensor, context: Tensor, embedding: Tensor) -> Tensor:
-        """Noisy residual (B, V*3, H, W) at noise levels sigma (B,) -> clean residual."""
-        c_in, c_skip, c_out, c_noise = preconditioning(sigma.view(-1, 1, 1, 1))
-        grid = F.pixel_unshuffle(torch.cat([c_in * x, context], dim=1), self.config.patch)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
-            # The time embedding is a sinusoid made for steps 0 ... 1000: spread c_noise over hundreds.
-            output = self.unet(grid, 250 * c_noise.flatten(), class_labels=embedding).sample
-        return c_skip * x + c_out * F.pixel_shuffle(output.float(), self.config.patch)
-
-    @torch.no_grad()
-    def sample(self, memory, memory_states, state, next_state, previous_actions, actions, generator=None, noise=None):
-        """Memory uint8 (B, F, V, 3, H, W) with its states (B, F, 8), states (B, 8), chunks (B, L, 7) -> the next pictures
-        uint8 (B, V, 3, H, W). Randomness: `noise` (B, V*3, H, W) of unit variance, or drawn from `generator`."""
-        B, M, V, C, H, W = memory.shape
-        base, context = self.context(to_float(memory), memory_states, next_state)
-        embedding = self.embedding(state, next_state, actions)
-        if noise is None:
-            noise = randn(base.shape, generator, base.device)
-        sigmas = noise_levels(self.config, self.config.sampling_steps).to(base.device)
-        residual = euler(lambda x, sigma: self.denoise(x, sigma.expand(B), context, embedding), noise, sigmas)
-        return to_uint8(base + residual * self.residual_std).view(B, V, C, H, W)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        save_model(folder, self, {"world_model": asdict(self.config), "cameras": self.cameras.to_dict(),
-                                  "normalizer": self.normalizer.to_dict()})
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "WorldModel":
-        values = read_json(Path(folder) / "config.json")
-        try:
-            config = {k: tuple(v) if isinstance(v, list) else v for k, v in values["world_model"].items()}
-            model = cls(WorldModelConfig(**config), Cameras.from_dict(values["cameras"]),
-                        Normalizer.from_dict(values["normalizer"]))
-        except (TypeError, KeyError) as error:
-            raise UserError(f"{folder} holds no world model of this version ({error}); delete it and train again") from None
-        return load_weights(folder, model)
+def normal(shape, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Standard normal draws from a generator of any device."""
+    return torch.randn(shape, generator=generator, device=generator.device).to(device)
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -238,93 +106,217 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def randn(shape, generator: torch.Generator | None, device) -> Tensor:
-    source = device if generator is None else generator.device
-    return torch.randn(shape, generator=generator, device=source).to(device)
+# ----------------------------------------------------------------------------------------------------------
+# The robot's next state
+# ----------------------------------------------------------------------------------------------------------
+class StatePredictor(nn.Module):
+    """Kinematics + correction: how far a chunk moves the gripper, turns it (world axes), opens its fingers.
+
+    The controller covers about a fifth of a command and goes on after it has ended. So the kinematics are one
+    gain for every action of both chunks, a linear layer that starts at the mean gain; an MLP adds the rest.
+    """
+    GAINS = (0.0105,) * 3 + (0.1,) * 3  # m and rad that a unit of a command yields in a control step
+    SCALE = (0.05,) * 3 + (0.1,) * 3 + (0.02,) * 2  # typical change in a chunk: m, rad, m
+
+    def __init__(self, chunk_size: int, width: int):
+        super().__init__()
+        inputs = STATE_FEATURES + 2 * 7 * chunk_size
+        self.kinematics = nn.Linear(inputs, 8)
+        self.correction = nn.Sequential(nn.Linear(inputs, width), nn.SiLU(),
+                                        nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 8))
+        self.register_buffer("scale", torch.tensor(self.SCALE), persistent=False)
+        with torch.no_grad():
+            for layer in (self.kinematics, self.correction[-1]):
+                layer.weight.zero_()
+                layer.bias.zero_()
+            by_action = self.kinematics.weight[:, -7 * chunk_size:].view(8, chunk_size, 7)
+            for i, gain in enumerate(self.GAINS):
+                by_action[i, :, i] = gain / self.SCALE[i]
+
+    def forward(self, features: Tensor, previous_actions: Tensor, actions: Tensor) -> Tensor:
+        """-> (B, 8) in m, rad, m."""
+        x = torch.cat([features, previous_actions.flatten(1), actions.flatten(1)], dim=1)
+        return (self.kinematics(x) + self.correction(x)) * self.scale
 
 
-# ---- the loss
+# ----------------------------------------------------------------------------------------------------------
+# The world model
+# ----------------------------------------------------------------------------------------------------------
+class WorldModel(nn.Module):
+    """What the next chunk of actions does to the robot and to the pictures."""
 
-def draw_sigmas(config: WorldModelConfig, B: int, generator, device) -> Tensor:
-    """(B,) noise levels: one from each of B equal slices of the log-normal (less variance than B free draws), shuffled."""
-    source = device if generator is None else generator.device
-    order = torch.randperm(B, generator=generator, device=source)
-    slices = (order + torch.rand(B, generator=generator, device=source)) / B
-    normal = torch.special.ndtri(slices.clamp(1e-4, 1 - 1e-4))
-    return (config.sigma_mean + config.sigma_std * normal).exp().to(device)
+    def __init__(self, config: WorldModelConfig, cameras: Cameras, normalizer: Normalizer):
+        super().__init__()
+        self.config, self.cameras, self.normalizer = config, cameras, normalizer
+        D, deepest = 4 * config.channels[0], "AttnDownBlock2D" if config.attention else "DownBlock2D"
+        blocks = ["DownBlock2D"] * (len(config.channels) - 1) + [deepest]
+        both_views, context = 3 + 3, (3 + 4) * MEMORY + 3 + 3 + 3 + 3  # channels; context: see `condition`
+        self.unet = UNet2DModel(
+            in_channels=(both_views + context) * config.patch**2, out_channels=both_views * config.patch**2,
+            block_out_channels=config.channels, layers_per_block=config.layers, norm_num_groups=8,
+            attention_head_dim=32, add_attention=config.attention, class_embed_type="identity",
+            down_block_types=blocks, up_block_types=[name.replace("Down", "Up") for name in reversed(blocks)])
+        self.embed = nn.Sequential(nn.Linear(7 * config.chunk_size + 2 * STATE_FEATURES, D), nn.SiLU(),
+                                   nn.Linear(D, D))
+        self.state_predictor = StatePredictor(config.chunk_size, config.state_width)
+        std = torch.tensor(config.residual_std).repeat_interleave(3).view(1, 6, 1, 1)
+        self.register_buffer("residual_std", std, persistent=False)  # (1, V*3, 1, 1)
+
+    def state_features(self, state: Tensor) -> Tensor:
+        """(B, 8) -> (B, 11): position and fingers normalised, two columns of the rotation matrix."""
+        scaled = self.normalizer.normalize_state(state)
+        rotation = rotation_matrix(state[:, 3:6])[:, :, :2].flatten(1)
+        return torch.cat([scaled[:, :3], rotation, scaled[:, 6:]], dim=1)
+
+    def predict_change(self, state: Tensor, previous_actions: Tensor, actions: Tensor) -> Tensor:
+        """-> (B, 8): shift (m), turn in world axes (rad), fingers (m). Float32 whatever surrounds it."""
+        with torch.autocast(state.device.type, enabled=False):
+            return self.state_predictor(self.state_features(state), previous_actions, actions)
+
+    def predict_state(self, state: Tensor, previous_actions: Tensor, actions: Tensor) -> Tensor:
+        """State (B, 8), the chunk (B, L, 7) that led to it, the next chunk -> the state (B, 8) after it."""
+        shift, turn, fingers = self.predict_change(state, previous_actions, actions).split([3, 3, 2], dim=1)
+        return torch.cat([state[:, :3] + shift, turn_state(state, turn), state[:, 6:] + fingers], dim=1)
+
+    def condition(self, memory: Tensor, memory_states: Tensor, next_state: Tensor) -> tuple[Tensor, Tensor]:
+        """Memory (B, F, V, 3, H, W) in [-1, 1], its states (B, F, 8) -> base (B, V*3, H, W) and the context
+        (B, C, H, W), all pictures that the U-Net sees beside the noisy residual."""
+        B, n, V, C, H, W = memory.shape
+        outside = memory.new_ones(B * n, 1, H, W)  # outside the hand's own part of the wrist picture
+        outside[:, :, round(H * (1 - self.config.hand_height)):] = 0
+        wrist = torch.cat([memory[:, :, 1].flatten(0, 1), outside], dim=1)  # (B*F, 3 + 1, H, W)
+        warped, seen = warp_wrist(wrist, memory_states.flatten(0, 1), next_state.repeat_interleave(n, dim=0),
+                                  self.cameras.wrist, self.cameras.plane_z)
+        seen = (seen * outside * (warped[:, 3:] > 0.99)).view(B, n, 1, H, W)
+        warped = warped[:, :3].view(B, n, C, H, W) * seen
+        agent, wrist = memory[:, -1, 0], memory[:, -1, 1]  # (B, 3, H, W)
+        base = torch.cat([agent, warped[:, -1] + (1 - seen[:, -1]) * wrist], dim=1)  # (B, V*3, H, W)
+        maps = [action_map(self.cameras.agentview, state, H) for state in (memory_states[:, -1], next_state)]
+        by_frame = [memory[:, :, 0].flatten(1, 2), warped.flatten(1, 2), seen.flatten(1, 2)]
+        return base, torch.cat([*by_frame, wrist, base[:, 3:], *maps], dim=1)
+
+    def embedding(self, state: Tensor, next_state: Tensor, actions: Tensor) -> Tensor:
+        """(B, D), added to the time embedding."""
+        old, new = self.state_features(state), self.state_features(next_state)
+        return self.embed(torch.cat([actions.flatten(1), new, 4 * (new - old)], dim=1))
+
+    def denoise(self, x: Tensor, sigma: Tensor, context: Tensor, embedding: Tensor) -> Tensor:
+        """Noisy residual (B, V*3, H, W) with noise levels (B,) -> clean residual."""
+        c_in, c_skip, c_out, c_noise = preconditioning(sigma.view(-1, 1, 1, 1))
+        grid = F.pixel_unshuffle(torch.cat([c_in * x, context], dim=1), self.config.patch)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
+            # The U-Net's time embedding is a sinusoid for steps 0 to 1000: spread c_noise over hundreds.
+            output = self.unet(grid, 250 * c_noise.flatten(), class_labels=embedding).sample
+        return c_skip * x + c_out * F.pixel_shuffle(output.float(), self.config.patch)
+
+    @torch.no_grad()
+    def sample(self, memory: Tensor, memory_states: Tensor, next_state: Tensor, actions: Tensor,
+               noise: Tensor) -> Tensor:
+        """The next pictures, uint8 (B, V, 3, H, W).
+
+        memory uint8 (B, F, V, 3, H, W) and memory_states (B, F, 8), the last of F is now; next_state (B, 8);
+        actions (B, L, 7); noise (B, V*3, H, W) of variance 1, all the randomness there is.
+        """
+        base, context = self.condition(to_float(memory), memory_states, next_state)
+        embedding = self.embedding(memory_states[:, -1], next_state, actions)
+        sigmas = noise_levels(self.config, self.config.sampling_steps).to(base.device)
+        residual = euler(lambda x, sigma: self.denoise(x, sigma.expand(len(x)), context, embedding),
+                         noise, sigmas)  # (B, V*3, H, W)
+        return to_uint8(base + residual * self.residual_std).unflatten(1, (2, 3))
+
+    def save_pretrained(self, folder: str | Path):
+        save_model(folder, self, {"world_model": asdict(self.config), "cameras": self.cameras.to_dict(),
+                                  "normalizer": self.normalizer.to_dict()})
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> WorldModel:
+        value = read_json(Path(folder) / "config.json")
+        try:
+            model = cls(WorldModelConfig(**value["world_model"]), Cameras.from_dict(value["cameras"]),
+                        Normalizer.from_dict(value["normalizer"]))
+        except (TypeError, KeyError) as error:
+            raise UserError(f"{folder} holds no world model of this version ({error}): delete it and run the "
+                            "same command") from None
+        return load_weights(folder, model)
 
 
-def world_model_loss(model: WorldModel, batch: dict, generator: torch.Generator | None = None) -> tuple[Tensor, dict]:
-    """Batch: memory uint8 (B, F, V, 3, H, W), memory_states (B, F, 8), previous_actions and actions (B, L, 7), state and
-    next_state (B, 8), target uint8 (B, V, 3, H, W). EDM's loss on the residual + squared error of the state."""
-    memory, state, next_state = to_float(batch["memory"]), batch["state"], batch["next_state"]
-    B, M, V, C, H, W = memory.shape
-    config, device = model.config, memory.device
+# ----------------------------------------------------------------------------------------------------------
+# The loss
+# ----------------------------------------------------------------------------------------------------------
+def draw_sigmas(config: WorldModelConfig, B: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    """(B,) noise levels, one from each of B equal slices of the log-normal (less variance than free ones)."""
+    order = torch.randperm(B, generator=generator, device=generator.device)
+    place = (order + torch.rand(B, generator=generator, device=generator.device)) / B
+    log_sigma = config.sigma_mean + config.sigma_std * torch.special.ndtri(place.clamp(1e-4, 1 - 1e-4))
+    return log_sigma.exp().to(device)
 
-    level = config.memory_noise * torch.rand(B, generator=generator, device=generator.device).to(device) if generator \
-        else config.memory_noise * torch.rand(B, device=device)
-    noise = randn(memory[:, 1:].shape, generator, device) * level.view(B, 1, 1, 1, 1, 1)
-    memory = torch.cat([memory[:, :1], memory[:, 1:] + noise], dim=1)        # the first frame is always a real one
-    base, context = model.context(memory, batch["memory_states"], next_state)
 
-    clean = (to_float(batch["target"]).flatten(1, 2) - base) / model.residual_std        # (B, V*3, H, W)
-    sigma = draw_sigmas(config, B, generator, device)
-    noisy = clean + sigma.view(B, 1, 1, 1) * randn(clean.shape, generator, device)
-    denoised = model.denoise(noisy, sigma, context, model.embedding(state, next_state, batch["actions"]))
-    error = (denoised - clean).square()                                      # (B, V*3, H, W)
-    weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2          # EDM's lambda: 1 / c_out squared
-    by_sample = weight * error.mean(dim=(1, 2, 3))                           # (B,) = the U-Net's own squared error
+def noised(memory: Tensor, most: float, generator: torch.Generator) -> Tensor:
+    """Memory (B, F, V, 3, H, W) with noise on all but the first frame; each sample has its own level."""
+    level = torch.rand(len(memory), 1, 1, 1, 1, 1, generator=generator, device=generator.device) * most
+    noise = normal(memory[:, 1:].shape, generator, memory.device) * level.to(memory.device)
+    return torch.cat([memory[:, :1], memory[:, 1:] + noise], dim=1)
 
-    change = model.state_predictor(model.state_features(state), batch["previous_actions"], batch["actions"])
+
+def world_model_loss(model: WorldModel, batch: dict, generator: torch.Generator) -> tuple[Tensor, dict]:
+    """EDM's loss on the residual + the squared error of the state's change in units of its scale.
+
+    batch: memory uint8 (B, F, V, 3, H, W), memory_states (B, F, 8), previous_actions and actions (B, L, 7),
+    state and next_state (B, 8), target uint8 (B, V, 3, H, W).
+    """
+    state, next_state, actions = batch["state"], batch["next_state"], batch["actions"]
+    memory = noised(to_float(batch["memory"]), model.config.memory_noise, generator)
+    base, context = model.condition(memory, batch["memory_states"], next_state)
+    clean = (to_float(batch["target"]).flatten(1, 2) - base) / model.residual_std  # (B, V*3, H, W)
+    sigma = draw_sigmas(model.config, len(clean), generator, clean.device)
+    noisy = clean + sigma.view(-1, 1, 1, 1) * normal(clean.shape, generator, clean.device)
+    denoised = model.denoise(noisy, sigma, context, model.embedding(state, next_state, actions))
+    error = (denoised - clean).square()  # (B, V*3, H, W)
+    weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2  # 1 / c_out^2: all levels count alike
+    denoising = weight * error.mean(dim=(1, 2, 3))  # (B,)
+
+    change = model.predict_change(state, batch["previous_actions"], actions)
     true_change = torch.cat([next_state[:, :3] - state[:, :3], turn_between(state, next_state),
-                             next_state[:, 6:] - state[:, 6:]], dim=1)       # (B, 8)
-    state_loss = (change - true_change / model.state_predictor.scale).square().mean()
+                             next_state[:, 6:] - state[:, 6:]], dim=1)  # (B, 8)
+    state_loss = ((change - true_change) / model.state_predictor.scale).square().mean()
+    loss = denoising.mean() + state_loss
 
     with torch.no_grad():
-        mm = (change[:, :3] * model.state_predictor.scale[:3] - true_change[:, :3]).norm(dim=1).mean() * 1000
-        pixel_mse = (error * model.residual_std**2).mean(dim=(0, 2, 3)) / 4  # pictures in [0, 1]
-        low, middle, high = (part.mean() for part in by_sample[sigma.argsort()].tensor_split(3))
-    loss = by_sample.mean() + state_loss
-    return loss, {"loss": loss.item(), "loss_low_noise": low.item(), "loss_middle_noise": middle.item(),
-                  "loss_high_noise": high.item(), "pixel_mse_agentview": pixel_mse[:3].mean().item(),
-                  "pixel_mse_wrist": pixel_mse[3:].mean().item(), "state_loss": state_loss.item(), "state_mm": mm.item()}
+        levels = zip(("low", "middle", "high"), denoising[sigma.argsort()].tensor_split(3))
+        pixel_mse = (error * model.residual_std**2).mean(dim=(0, 2, 3)) / 4  # (V*3,), pictures in [0, 1]
+        metrics = {"loss": loss, "state_loss": state_loss,
+                   "state_mm": (change - true_change)[:, :3].norm(dim=1).mean() * 1000,
+                   "pixel_mse_agentview": pixel_mse[:3].mean(), "pixel_mse_wrist": pixel_mse[3:].mean()}
+        metrics |= {f"loss_{name}_noise": part.mean() for name, part in levels}
+    return loss, {name: value.item() for name, value in metrics.items()}
 
 
-# ---- the virtual environment
-
-class Reflector(Protocol):
-    """What the environment needs of a reward model: P(task done) from three frames, each uint8 (B, V, 3, H, W)."""
-
-    def score(self, first: Tensor, previous: Tensor, current: Tensor, instruction: list[str]) -> Tensor: ...
-
-
+# ----------------------------------------------------------------------------------------------------------
+# The virtual environment
+# ----------------------------------------------------------------------------------------------------------
 @dataclass
 class VirtualEnvConfig:
     """The virtual environment."""
-
-    horizon: int = 16
-    """chunks after which an imagined episode is cut off (T_max)"""
-    eta: float = 0.5
-    """the reflector's score above which an episode ends"""
-    shared_noise: bool = True
-    """the rollouts of a group get the same diffusion noise, so that it cancels in their advantage"""
-    seed: int = 0
-    """of the diffusion noise"""
+    horizon: int = 16  # chunks after which an imagined episode is cut off (T_max)
+    eta: float = 0.5  # the reflector's score above which an episode ends
+    shared_noise: bool = True  # the rollouts of a group get the same noise: it cancels in their advantage
+    seed: int = 0  # of the diffusion noise
 
 
 class VirtualEnv(gym.vector.VectorEnv):
-    """The true environment's interface on imagined pictures, one action chunk a step, all slots on the model's device.
+    """The true environment's interface on imagined pictures, one chunk a step, on the model's device.
 
-    A slot that has ended stays as it is until it is reset. Rewards come at the end only: the reflector's score at the
-    stop or at the horizon. With `shared_noise`, slots n*K ... n*K + K - 1 are a group and are to be reset together."""
-
+    A slot that has ended stays as it is until it is reset. The reward comes at the end alone: the reflector's
+    score at the stop or at the horizon. Slots nK ... nK + K - 1 are a group: they share their noise, step for
+    step, so reset them together. `reflector.score(first, previous, current, instruction)` -> (b,) gets frames
+    uint8 (b, V, 3, H, W); without a reflector nothing ends early, scores are NaN and rewards 0.
+    """
     metadata = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
 
-    def __init__(self, world_model: WorldModel, reflector: Reflector | None, config: VirtualEnvConfig, num_envs: int,
+    def __init__(self, world_model: WorldModel, reflector, config: VirtualEnvConfig, num_envs: int,
                  group_size: int = 1):
-        self.model, self.reflector, self.config = world_model, reflector, config
-        self.num_envs, self.group_size = num_envs, group_size if config.shared_noise else 1
-        self.device = next(world_model.parameters()).device
+        self.model, self.reflector, self.config, self.num_envs = world_model, reflector, config, num_envs
+        self.group_size = group_size if config.shared_noise else 1
         size, L = world_model.config.image_size, world_model.config.chunk_size
         self.single_observation_space = gym.spaces.Dict({
             "images": gym.spaces.Box(0, 255, (2, 3, size, size), np.uint8),
@@ -332,29 +324,33 @@ class VirtualEnv(gym.vector.VectorEnv):
         self.single_action_space = gym.spaces.Box(-1, 1, (L, 7), np.float32)
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
-        self.generator = torch.Generator().manual_seed(config.seed)          # CPU: the same noise on every device
-        self.frames = torch.zeros(num_envs, config.horizon + 1, 2, 3, size, size, dtype=torch.uint8, device=self.device)
-        self.states = torch.zeros(num_envs, config.horizon + 1, 8, device=self.device)
+
+        self.device, history = next(world_model.parameters()).device, (num_envs, config.horizon + 1)
+        self.frames = torch.zeros(*history, 2, 3, size, size, dtype=torch.uint8, device=self.device)
+        self.states = torch.zeros(*history, 8, device=self.device)
         self.previous_actions = torch.zeros(num_envs, L, 7, device=self.device)
-        self.time = torch.zeros(num_envs, dtype=torch.long, device=self.device)
+        self.time = torch.zeros(num_envs, dtype=torch.long, device=self.device)  # each slot's last frame
         self.alive = torch.zeros(num_envs, dtype=torch.bool, device=self.device)
         self.instruction = [""] * num_envs
+        self.generator = torch.Generator()  # on the CPU: the same noise on every device
+        self.reset_noise(0)
 
-    def reset(self, contexts: list[StartContext], mask: Tensor | None = None, *, seed: int | None = None):
-        """Start the slots where `mask` (B,) is True, or all, from `contexts` (B entries). -> obs, info. A `seed` starts
-        the noise anew; without one it goes on, so that two rollouts from one context differ."""
-        if seed is not None:
-            self.generator.manual_seed(seed)
-        mask = torch.ones(self.num_envs, dtype=torch.bool) if mask is None else torch.as_tensor(mask).cpu()
-        slots = mask.nonzero().flatten()
-        if len(slots):
-            chosen = [contexts[i] for i in slots.tolist()]
-            stack = lambda name: torch.as_tensor(np.stack([getattr(c, name) for c in chosen])).to(self.device)
-            slots = slots.to(self.device)
+    def reset_noise(self, iteration: int):
+        """Make the noise from here on a function of (seed, iteration): training can resume anywhere."""
+        self.generator.manual_seed(self.config.seed * 1_000_003 + iteration)
+
+    def reset(self, contexts: list[StartContext], mask: Tensor | None = None):
+        """Start the slots where mask (B,) is True (None: all) from their entry of `contexts`. -> obs, info"""
+        chosen = range(self.num_envs) if mask is None else torch.as_tensor(mask).nonzero().flatten().tolist()
+        if len(chosen):
+            def stack(name):
+                values = np.stack([getattr(contexts[i], name) for i in chosen])
+                return torch.from_numpy(values).to(self.device)
+            slots = torch.tensor(list(chosen), device=self.device)
             self.frames[slots, 0], self.states[slots, 0] = stack("images"), stack("state")
             self.previous_actions[slots] = stack("previous_actions")
             self.time[slots], self.alive[slots] = 0, True
-            for i in slots.tolist():
+            for i in chosen:
                 self.instruction[i] = contexts[i].instruction
         return self.observe(), {}
 
@@ -365,36 +361,28 @@ class VirtualEnv(gym.vector.VectorEnv):
 
     @torch.no_grad()
     def step(self, actions: Tensor):
-        """Action chunks (B, L, 7) in environment units -> obs, reward, terminated, truncated, info."""
-        B, model = self.num_envs, self.model
-        size = model.config.image_size
-        noise = torch.randn(-(-B // self.group_size), 6, size, size, generator=self.generator)
-        noise = noise.repeat_interleave(self.group_size, dim=0)[:B].to(self.device)       # drawn for all, dead or alive
-        score = torch.full((B,), torch.nan, device=self.device)
-        reward = torch.zeros(B, device=self.device)
-        slots = self.alive.nonzero().flatten()                                            # (b,)
+        """Chunks (B, L, 7) in environment units -> obs, reward, terminated, truncated, {"score": (B,)}."""
+        score = torch.full((self.num_envs,), torch.nan, device=self.device)
+        size, groups = self.model.config.image_size, -(-self.num_envs // self.group_size)
+        noise = normal((groups, 6, size, size), self.generator, self.device)  # for all slots, alive or not
+        slots = self.alive.nonzero().flatten()  # (b,)
         if len(slots):
-            self.imagine(slots, actions.to(self.device, torch.float32)[slots], noise[slots])
-            if self.reflector is not None:
-                now, last = self.time[slots], (self.time[slots] - 1)
-                instruction = [self.instruction[i] for i in slots.tolist()]
-                score[slots] = self.reflector.score(self.frames[slots, 0], self.frames[slots, last],
-                                                    self.frames[slots, now], instruction).float()
-        terminated = score > self.config.eta                                              # NaN is never above
+            self.imagine(slots, actions.to(self.device).float()[slots], noise[slots // self.group_size])
+        if len(slots) and self.reflector is not None:
+            now, instruction = self.time[slots], [self.instruction[i] for i in slots.tolist()]
+            first, previous, current = (self.frames[slots, t] for t in (torch.zeros_like(now), now - 1, now))
+            score[slots] = self.reflector.score(first, previous, current, instruction).float()
+        terminated = score > self.config.eta  # never where it is NaN
         truncated = self.alive & ~terminated & (self.time >= self.config.horizon)
-        ended = terminated | truncated
-        reward[ended] = score[ended].nan_to_num(0.0)
-        self.alive &= ~ended
+        reward = torch.where(terminated | truncated, score.nan_to_num(0.0), 0.0)
+        self.alive &= ~(terminated | truncated)
         return self.observe(), reward, terminated, truncated, {"score": score}
 
-    def imagine(self, slots: Tensor, actions: Tensor, noise: Tensor) -> None:
-        """Append the next frame and state to the history of `slots` (b,)."""
+    def imagine(self, slots: Tensor, actions: Tensor, noise: Tensor):
+        """Append the next state and frames to the history of `slots` (b,)."""
         time = self.time[slots]
-        where = slots[:, None], memory_index(time.cpu()).to(self.device)                  # (b, 1), (b, F)
-        state, previous = self.states[slots, time], self.previous_actions[slots]
-        next_state = self.model.predict_state(state, previous, actions)
-        images = self.model.sample(self.frames[where], self.states[where], state, next_state, previous, actions,
-                                   noise=noise)
+        memory = slots[:, None], memory_index(time.cpu()).to(self.device)  # (b, 1), (b, F)
+        next_state = self.model.predict_state(self.states[slots, time], self.previous_actions[slots], actions)
+        images = self.model.sample(self.frames[memory], self.states[memory], next_state, actions, noise)
         self.frames[slots, time + 1], self.states[slots, time + 1] = images, next_state
-        self.previous_actions[slots] = actions
-        self.time[slots] = time + 1
+        self.previous_actions[slots], self.time[slots] = actions, time + 1

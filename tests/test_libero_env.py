@@ -66,7 +66,8 @@ def test_the_projected_gripper_lies_on_the_grippers_pixels_in_both_views(task):
         for name, camera, rider in (("agentview", cameras.agentview, None),
                                     ("robot0_eye_in_hand", cameras.wrist, state)):
             renderer.update_scene(data, name)
-            rows, columns = np.nonzero(np.isin(renderer.render()[..., 0], hand))  # where MuJoCo draws the fingers
+            numbers, kinds = np.moveaxis(renderer.render(), -1, 0)
+            rows, columns = np.nonzero(np.isin(numbers, hand) & (kinds == mujoco.mjtObj.mjOBJ_GEOM))  # drawn fingers
             where, _ = project(state[:, None, :3], camera.fovy, *camera_pose(camera, rider))
             x, y = ((where[0, 0] + 1) / 2 * 128).tolist()
             # The gripper's origin lies between the finger tips, in the middle of the fingers' pixels.

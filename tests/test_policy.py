@@ -25,8 +25,9 @@ def make_policy(**changes):
 
 
 def make_obs(B=3, image_size=64, instruction=SHORT):
-    images = torch.randint(0, 256, (B, 2, 3, image_size, image_size), generator=generator(), dtype=torch.uint8)
-    return {"images": images, "state": torch.rand(B, 8, generator=generator()) - 0.5, "instruction": [instruction] * B}
+    images = torch.randint(256, (B, 2, 3, image_size, image_size), dtype=torch.uint8, generator=generator())
+    state = torch.rand(B, 8, generator=generator()) - 0.5
+    return {"images": images, "state": state, "instruction": [instruction] * B}
 
 
 def make_batch(B=3):
@@ -39,16 +40,16 @@ def laplace(*shape, dtype=torch.float64):
     return ActionDistribution(loc, 2 * torch.rand(*shape, generator=generator(3), dtype=dtype) - 3)
 
 
-# ------------------------------------------------------------------------------------------------ distribution
+# ------------------------------------------------------------------------------------------ distribution
 def test_log_prob_has_the_right_gradient():
     given, actions = laplace(2, 3, 4), torch.randn(2, 3, 4, generator=generator(4), dtype=torch.float64)
     inputs = [given.loc.requires_grad_(), given.log_scale.requires_grad_(), actions.requires_grad_()]
-    assert torch.autograd.gradcheck(lambda loc, log_scale, a: ActionDistribution(loc, log_scale).log_prob(a), inputs)
+    assert torch.autograd.gradcheck(lambda loc, log_b, a: ActionDistribution(loc, log_b).log_prob(a), inputs)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.3])
 def test_sampler_and_scorer_are_one_distribution(temperature):
-    """Neither half is enough: a wrong b moves the entropy or the score of log b, a wrong loc the score of loc."""
+    """Neither half is enough: each misses a fault that the other sees."""
     given = laplace(1, 1, 5)
     loc = given.loc.expand(200_000, 1, 5).clone().requires_grad_()
     log_scale = given.log_scale.expand(200_000, 1, 5).clone().requires_grad_()
@@ -81,7 +82,7 @@ def test_distribution_is_float32_under_autocast():
     assert torch.equal(distribution.loc, exact.loc) and torch.equal(log_prob, exact.log_prob(actions))
 
 
-# ------------------------------------------------------------------------------------------------ instruction
+# ------------------------------------------------------------------------------------------ instruction
 def test_libero_words_do_not_collide():
     benchmark = pytest.importorskip("libero.libero.benchmark").get_benchmark_dict()
     suites = [benchmark[name]() for name in ("libero_spatial", "libero_object", "libero_goal", "libero_10")]
@@ -92,9 +93,9 @@ def test_libero_words_do_not_collide():
 
 
 def test_tokens_ignore_case_and_keep_order():
-    ids, valid = tokenize(["Close the Drawer", "drawer the close", LONG], 4096)
-    assert torch.equal(ids[0], tokenize([SHORT], 4096)[0][0].new_tensor([*ids[1, :3].flip(0), *[0] * (ids.shape[1] - 3)]))
-    assert valid.sum(1).tolist() == [3, 3, len(LONG.split())]
+    ids, is_word = tokenize(["Close the Drawer", "drawer the close", LONG], 4096)
+    assert torch.equal(ids[:1, :3], tokenize([SHORT], 4096)[0]) and torch.equal(ids[0, :3], ids[1, :3].flip(0))
+    assert is_word.sum(1).tolist() == [3, 3, len(LONG.split())] and (ids[:2, 3:] == 0).all()
 
 
 @torch.no_grad()
@@ -106,10 +107,10 @@ def test_longer_batch_mate_changes_nothing():
     assert (alone[1] - together[1]).abs().max() > 1e-4
 
 
-# ------------------------------------------------------------------------------------------------ network
+# ------------------------------------------------------------------------------------------ network
 @torch.no_grad()
 def test_attention_is_bidirectional():
-    """The last action token, and the image before it, reach the first action; a causal mask would block the first."""
+    """The last action token reaches the first action; a causal mask would block it."""
     policy, obs = make_policy(), make_obs()
     before = policy(obs).loc
     policy.action_tokens[-1] += torch.randn(policy.config.width, generator=generator())
@@ -139,7 +140,8 @@ def test_shapes_and_range(image_size):
     assert distribution.loc.shape == distribution.log_scale.shape == sample.shape == (2, 8, 7)
     assert distribution.entropy().shape == distribution.log_prob(sample).shape == (2, 8)
     assert (distribution.log_scale == policy.config.log_scale_min).all()
-    assert torch.equal(sample, distribution.sample(generator())) and not sample.equal(distribution.sample(generator(1)))
+    assert torch.equal(sample, distribution.sample(generator()))
+    assert not torch.equal(sample, distribution.sample(generator(1)))
 
 
 def test_wrong_image_size_is_a_clear_error():
@@ -152,18 +154,19 @@ def test_normalised_chunk_comes_back_in_environment_units():
     actions = 0.8 * torch.rand(2, 8, 7, generator=generator()) - 0.6
     actions[..., -1] = torch.where(actions[..., -1] > -0.2, 1.0, -1.0)
     assert torch.allclose(policy.env_actions(NORMALIZER.normalize_action(actions)), actions, atol=1e-6)
-    wild = policy.env_actions(torch.full((1, 8, 7), -9.0))
-    assert (wild == -1).all()
-    assert set(policy.env_actions(torch.randn(4, 8, 7, generator=generator()))[..., -1].unique().tolist()) == {-1, 1}
+    assert (policy.env_actions(torch.full((1, 8, 7), -9.0)) == -1).all()
+    gripper = policy.env_actions(torch.randn(4, 8, 7, generator=generator()))[..., -1]
+    assert set(gripper.unique().tolist()) == {-1, 1}
 
 
-# ------------------------------------------------------------------------------------------------ files, optimiser
+# ------------------------------------------------------------------------------------------ files, optimiser
 @torch.no_grad()
 def test_saved_policy_acts_bit_for_bit(tmp_path):
     policy, obs = make_policy(log_scale_min=-4.0), make_obs()
     policy.save_pretrained(tmp_path / "policy")
     loaded = Policy.from_pretrained(tmp_path / "policy")
-    assert torch.equal(loaded(obs).loc, policy(obs).loc) and torch.equal(loaded(obs).log_scale, policy(obs).log_scale)
+    before, after = policy(obs), loaded(obs)
+    assert torch.equal(before.loc, after.loc) and torch.equal(before.log_scale, after.log_scale)
     assert loaded.config == policy.config and loaded.normalizer == policy.normalizer
 
 
@@ -182,7 +185,7 @@ def test_parameter_groups_cover_everything_once():
     assert (backbone["lr"], heads["lr"]) == (1e-4, 1e-5)
 
 
-# ------------------------------------------------------------------------------------------------ cloning
+# ------------------------------------------------------------------------------------------ cloning
 def gradients(policy, batch):
     policy.zero_grad()
     loss, _ = clone_loss(policy, batch, generator())
@@ -210,7 +213,7 @@ def test_scale_head_cannot_hurt_the_mean(monkeypatch):
     with_scale = dict(zip(names, gradients(policy, batch)[1]))
     monkeypatch.setattr(ActionDistribution, "log_prob", lambda self, actions: 0 * self.log_scale.sum(-1))
     without = dict(zip(names, gradients(policy, batch)[1]))
-    assert all(torch.equal(with_scale[name], without[name]) for name in names if not name.startswith("scale_head"))
+    assert all(torch.equal(with_scale[name], without[name]) for name in names if "scale_head" not in name)
     assert with_scale["scale_head.linear_out.weight"].abs().max() > 0
 
 
@@ -220,21 +223,26 @@ def test_augmentation_shifts_views_apart_and_follows_the_generator():
     assert torch.equal(shifted, augment(images, config, generator()))
     assert not torch.equal(shifted, augment(images, config, generator(1)))
     whole = policy_module.to_float(images)
-    moves = [[next((y, x) for y in range(-3, 4) for x in range(-3, 4)
-                   if torch.allclose(shifted[b, v, :, 10:50, 10:50], whole[b, v, :, 10 + y:50 + y, 10 + x:50 + x],
-                                     atol=1e-5))
-              for v in range(2)] for b in range(8)]
-    assert len({move for pair in moves for move in pair}) > 5 and any(first != second for first, second in moves)
+
+    def move(b, v):
+        inside = shifted[b, v, :, 10:50, 10:50]
+        return next((y, x) for y in range(-3, 4) for x in range(-3, 4)
+                    if torch.allclose(inside, whole[b, v, :, 10 + y:50 + y, 10 + x:50 + x], atol=1e-5))
+
+    moves = [(move(b, 0), move(b, 1)) for b in range(8)]
+    assert len(set(sum(moves, ()))) > 5 and any(agentview != wrist for agentview, wrist in moves)
     jittered = augment(images, replace(config, max_shift=0.0, jitter=0.2), generator())
     assert jittered.abs().max() <= 1 and 0.01 < (jittered - whole).abs().mean() < 0.3
 
 
 def test_overfits_one_batch_and_obeys_the_instruction():
-    policy, batch = make_policy(augment=False), make_batch(4)
-    batch["images"][1:], batch["state"][1:] = batch["images"][:1].clone(), batch["state"][:1].clone()
-    batch["instruction"] = [f"pick up the {name}" for name in ("milk", "butter", "ketchup", "bbq sauce")]
+    """Two samples that differ in the instruction alone."""
+    policy, batch = make_policy(augment=False, chunk_size=2), make_batch(2)
+    batch["images"][1], batch["state"][1] = batch["images"][0], batch["state"][0]
+    batch["instruction"] = ["pick up the milk", "pick up the bbq sauce"]
+    batch["actions"], batch["valid"] = batch["actions"][:, :2], batch["valid"][:, :2]
     optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-3)
-    for _ in range(150):
+    for _ in range(120):
         loss, metrics = clone_loss(policy, batch, generator())
         optimizer.zero_grad()
         loss.backward()

@@ -110,7 +110,10 @@ def test_augmentation_is_the_same_at_all_times_differs_between_samples_and_repea
     moves = [[next((dy, dx) for dy in range(-2, 3) for dx in range(-2, 3) if torch.equal(
         shifted[b, 0, v, :, 4:28, 4:28], frame[b, 0, v, :, 4 + dy:28 + dy, 4 + dx:28 + dx]))
         for v in range(2)] for b in range(6)]
-    assert len({move for pair in moves for move in pair}) > 3
+    for axis in range(2):
+        assert len({move[axis] for pair in moves for move in pair}) > 2  # up and down, left and right
+        assert len({tuple(move[axis] for move in pair) for pair in moves}) > 2  # by the sample
+        assert any(pair[0][axis] != pair[1][axis] for pair in moves)  # and by the view
 
 
 def test_metrics_of_hand_made_episodes():

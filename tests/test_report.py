@@ -166,7 +166,9 @@ def test_contact_sheet_takes_a_short_rollout_and_missing_scores(tmp_path):
     true, imagined, low, _ = rollouts(T=1)
     contact_sheet(tmp_path / "a.png", true, imagined, low, np.full(1, np.nan), "title", True)
     film_strip(tmp_path / "a.gif", true, imagined, low, np.full(1, np.nan), "title", True)
-    assert Image.open(tmp_path / "a.png").size[0] == 92 + 134
+    sheet = np.asarray(Image.open(tmp_path / "a.png").convert("L"))
+    assert sheet.shape[1] == 92 + 134
+    assert sheet[328:344, 92:].min() < 250 and sheet[628:648, 92:].min() > 250  # a bar above, none below
 
 
 def test_learning_curves_draw_what_was_logged_and_survive_a_torn_log(tmp_path):
@@ -176,8 +178,10 @@ def test_learning_curves_draw_what_was_logged_and_survive_a_torn_log(tmp_path):
     learning_curves(tmp_path / "clone.png", tmp_path / "log.jsonl")
     (tmp_path / "again.jsonl").write_text('{"stage": "clone", "step": 7, "loss": 99}\n' + "\n".join(lines))
     learning_curves(tmp_path / "again.png", tmp_path / "again.jsonl")
-    empty, clone, again = [np.asarray(Image.open(tmp_path / f"{name}.png").convert("L"))
+    empty, clone, again = [np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")).astype(int)
                            for name in ("empty", "clone", "again")]
-    assert empty.shape == clone.shape == (660, 1540)
-    assert (empty != clone)[:330, :385].sum() > 1000  # the first panel
+    assert empty.shape == clone.shape == (660, 1540, 3)
+    blue = [picture[..., 2] - picture[..., 0] > 100 for picture in (empty, clone)]
+    assert not blue[0].any() and blue[1][:330, :385].sum() > 500  # a curve in the first panel ...
+    assert not blue[1][:, 430:].any() and not blue[1][330:].any()  # ... and in no other
     assert (clone == again).all()  # the later line of step 7 wins

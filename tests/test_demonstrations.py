@@ -1,0 +1,111 @@
+"""The scripted expert solves its task, and LIBERO's files are read as they are meant."""
+import json
+
+import h5py
+import numpy as np
+import pytest
+
+import demonstrations
+from libero_env import RENDER_SIZE, LiberoTask
+from runs import UserError
+
+
+def write_official(path, T=20):
+    """A file as LIBERO publishes it: row t has the picture after action t, upside down; one reward."""
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(0.1, 1, (T, 7))
+    actions[:, 6] = np.where(np.arange(T) < 10, -1, 1)
+    states = rng.normal(size=(T, 8))
+    pictures = rng.integers(0, 256, (2, T, 128, 128, 3), dtype=np.uint8)
+    with h5py.File(path, "w") as file:
+        data = file.create_group("data")
+        data.attrs["problem_info"] = json.dumps({"language_instruction": "pick the milk"})
+        for number in (10, 2):  # demo_10 comes first by name, second by number
+            demo = data.create_group(f"demo_{number}")
+            demo["actions"], demo["states"] = actions + 0.01 * (number == 10), rng.normal(size=(T, 50))
+            demo["rewards"] = demo["dones"] = np.eye(1, T, T - 1, dtype=np.uint8)[0]
+            demo["obs/agentview_rgb"], demo["obs/eye_in_hand_rgb"] = pictures
+            for name, values in zip(("ee_pos", "ee_ori", "gripper_states"), np.split(states, [3, 6], axis=1)):
+                demo[f"obs/{name}"] = values
+    return actions, states, pictures
+
+
+def edit(path, change):
+    with h5py.File(path, "r+") as file:
+        change(file["data"])
+
+
+def replace(demo, name, values):
+    del demo[name]
+    demo[name] = values
+
+
+def test_official_file_is_read_upright_and_each_frame_meets_the_action_that_follows_it(tmp_path):
+    actions, states, pictures = write_official(tmp_path / "a.hdf5")
+    first, second = demonstrations.read_demonstrations(tmp_path / "a.hdf5", task_id=3, limit=2)
+    assert (first.instruction, first.task_id, first.stride, first.source) == ("pick the milk", 3, 1, "demo")
+    assert np.allclose(first.actions, actions[1:]) and not np.allclose(second.actions, actions[1:])
+    assert np.allclose(first.states, states) and len(first.images) == len(first.actions) + 1
+    upright = pictures[:, :, ::-1].astype(float)  # (V, T, H, W, 3)
+    mean = sum(upright[:, :, row::2, column::2] for row in (0, 1) for column in (0, 1)) / 4
+    assert np.abs(first.images - np.moveaxis(mean, (0, 4), (1, 2))).max() <= 0.5
+    assert first.success.tolist() == [False] * 10 + [True] * 10
+
+
+def test_steps_that_command_nothing_are_dropped_but_a_new_gripper_command_is_kept(tmp_path):
+    actions, states, _ = write_official(tmp_path / "a.hdf5")
+    actions[[5, 6, 10, 11], :6] = 0  # the gripper's command changes at 10
+    edit(tmp_path / "a.hdf5", lambda data: replace(data["demo_2"], "actions", actions))
+    episode, = demonstrations.read_demonstrations(tmp_path / "a.hdf5", task_id=0, limit=1)
+    kept = [t for t in range(1, 20) if t not in (5, 6, 11)]
+    assert np.allclose(episode.actions, actions[kept])
+    assert np.allclose(episode.states, states[[t - 1 for t in kept] + [19]])  # action t saw frame t - 1
+
+
+@pytest.mark.parametrize("change", [
+    lambda data: data.attrs.pop("problem_info"),
+    lambda data: data["demo_2"].pop("rewards"),
+    lambda data: data["demo_2"]["obs"].pop("eye_in_hand_rgb"),
+    lambda data: replace(data["demo_2"], "actions", np.zeros((20, 6))),
+    lambda data: replace(data["demo_2"], "obs/ee_pos", np.zeros((19, 3))),
+    lambda data: replace(data["demo_2"], "obs/ee_pos", np.zeros((20, 2))),
+    lambda data: replace(data["demo_2"], "obs/agentview_rgb", np.zeros((20, 128, 128), np.uint8)),
+    lambda data: replace(data["demo_2"], "obs/agentview_rgb", np.zeros((20, 128, 128, 3), np.float32)),
+    lambda data: data.pop("demo_10"),
+])
+def test_broken_file_is_one_clear_line(tmp_path, change):
+    write_official(tmp_path / "a.hdf5")
+    edit(tmp_path / "a.hdf5", change)
+    with pytest.raises(UserError, match="a.hdf5") as error:
+        demonstrations.read_demonstrations(tmp_path / "a.hdf5", task_id=0, limit=2)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_and_truncated_files_are_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match="is missing"):
+        demonstrations.read_demonstrations(tmp_path / "a.hdf5", task_id=0)
+    write_official(tmp_path / "a.hdf5")
+    whole = (tmp_path / "a.hdf5").read_bytes()
+    for part in (b"", whole[:1000], whole[:-1000]):
+        (tmp_path / "a.hdf5").write_bytes(part)
+        with pytest.raises(UserError, match="delete it"):
+            demonstrations.read_demonstrations(tmp_path / "a.hdf5", task_id=0)
+
+
+def test_expert_solves_a_fresh_placement_and_its_file_is_read_back(tmp_path, monkeypatch):
+    task = LiberoTask("libero_object", 2)  # salad dressing: the tall bottle
+    picture = np.zeros((2, RENDER_SIZE, RENDER_SIZE, 3), np.uint8)
+    picture[:, 0] = 255  # a white top row; drawing true pictures takes 20 s
+    monkeypatch.setattr(task, "render", lambda: picture)
+    monkeypatch.setattr(demonstrations, "LiberoTask", lambda *_, **__: task)
+    monkeypatch.setattr(task, "close", lambda: None)
+    path = demonstrations.collect_demonstrations("libero_object", 2, 1, seed=7, folder=tmp_path)
+    assert path == tmp_path / "pick_up_the_salad_dressing_and_place_it_in_the_basket_demo.hdf5"
+    assert list(tmp_path.iterdir()) == [path]  # the temporary file is gone
+    episode, = demonstrations.read_demonstrations(path, 2, limit=1)
+    assert 80 < len(episode.actions) < 200 and np.abs(episode.actions).max() <= 1
+    assert not episode.success[0] and episode.success[-demonstrations.DONE_STEPS:].all()
+    assert (episode.images[:, :, :, 0] == 128).all() and (episode.images[:, :, :, 1:] == 0).all()
+    task.reset(seed=7000)
+    assert np.allclose(episode.states[0], task.state(), atol=2e-3)  # the first frame is the start
+    task.env.close()

@@ -1,0 +1,147 @@
+"""The whole loop on the real simulator: all seven stages with the tiny preset, stop and resume, and bad input."""
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from report import wilson_interval
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--preset", "tiny", "--device", "cpu"]
+
+
+def run(script, *arguments):
+    return subprocess.run([sys.executable, ROOT / script, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A tiny run through all seven stages, and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    process = run("train.py", *TINY, "--output_dir", folder)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return folder, process
+
+
+def copy_of(finished, tmp_path, without=()):
+    """A copy of the finished run that lacks some stages."""
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder)
+    for stage in without:
+        shutil.rmtree(folder / stage)
+    return folder
+
+
+def test_the_run_leaves_a_report_results_and_pictures(finished):
+    folder, process = finished
+    results = json.loads((folder / "results.json").read_text())
+    assert results["task"] == "libero_object" and results["preset"] == "tiny" and results["seed"] == 0
+    for policy in ("cloned", "post_trained"):
+        for stop in ("oracle_stop", "self_stop"):
+            cell = results["policies"][policy][stop]
+            assert cell["episodes"] == 2 and cell["rate"] == cell["successes"] / 2
+            assert np.allclose(cell["ci95"], wilson_interval(cell["successes"], 2))
+        assert results["imagined"][policy]["episodes"] == 2
+    assert set(results["paired"]["oracle_stop"]) == {"difference", "ci95", "mcnemar_p"}
+    assert list(results["stages"]) == ["demonstrate", "clone", "explore", "simulate", "reflect", "imagine", "evaluate"]
+    assert (folder / "report.md").read_text().strip() in process.stdout
+    for task in (0, 1):
+        assert (folder / "evaluate" / "videos" / f"task{task:02d}_0.gif").stat().st_size > 10_000
+    assert (folder / "curves.png").stat().st_size > 10_000
+    for chatter in ("WARNING", "Traceback", "EGL", "macro file"):
+        assert chatter not in process.stderr + process.stdout, process.stderr
+
+
+def test_every_stage_shows_its_progress(finished):
+    for stage in ("demonstrate", "clone", "explore", "simulate", "reflect", "imagine", "cloned", "post_trained"):
+        assert re.search(rf"{stage}: 100%", finished[1].stderr), stage
+
+
+def test_true_episodes_of_both_policies_start_from_the_same_benchmark_states(finished):
+    lines = {name: [json.loads(line) for line in (finished[0] / "evaluate" / name / "episodes.jsonl").read_text().split("\n")
+                    if line] for name in ("cloned", "post_trained")}
+    starts = [[(line["task_id"], line["seed"]) for line in rows] for rows in lines.values()]
+    assert sorted(starts[0]) == sorted(starts[1]) == [(0, 0), (1, 0)]
+    first = [np.load(finished[0] / "evaluate" / name / "task00_seed000000.npz")["images"][0] for name in lines]
+    assert np.array_equal(*first)
+
+
+def test_the_same_command_again_skips_everything_and_prints_the_same_report(finished):
+    before = (finished[0] / "report.md").read_text()
+    stamp = (finished[0] / "clone" / "model.safetensors").stat().st_mtime_ns
+    process = run("train.py", *TINY, "--output_dir", finished[0])
+    assert process.returncode == 0 and before.strip() in process.stdout
+    assert (finished[0] / "clone" / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_rl_stopped_after_two_iterations_and_resumed_equals_a_straight_run_of_four(finished, tmp_path):
+    four = ["train.py", *TINY, "--stages", "imagine", "--ppo.iterations", 4, "--output_dir"]
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    straight = copy_of(finished, tmp_path / "a", ["imagine", "evaluate"])
+    assert run(*four, straight).returncode == 0
+    stopped = copy_of(finished, tmp_path / "b", ["imagine", "evaluate"])
+    code = ("import sys, train, ppo\n"
+            "played, improve = [], train.improve\n"
+            "def twice(*args):\n"
+            "    if len(played) == 2: raise KeyboardInterrupt\n"
+            "    played.append(1)\n"
+            "    return improve(*args)\n"
+            "train.improve = twice\n"
+            "with train.clear_errors(): train.train(train.parse(sys.argv[1:]))\n")
+    killed = subprocess.run([sys.executable, "-c", code, *map(str, four[1:]), stopped], cwd=ROOT, capture_output=True, text=True)
+    assert killed.returncode == 130 and "goes on" in killed.stderr and not (stopped / "imagine").exists()
+    assert run(*four, stopped).returncode == 0
+    a, b = (load_file(folder / "imagine" / "model.safetensors") for folder in (straight, stopped))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    start = load_file(straight / "clone" / "model.safetensors")
+    assert any(not torch.equal(a[key], start[key]) for key in a), "RL changed nothing"
+
+
+def test_rl_runs_in_the_true_simulator_with_the_same_code(finished, tmp_path):
+    folder = copy_of(finished, tmp_path, ["imagine", "evaluate"])
+    process = run("train.py", *TINY, "--stages", "imagine", "--rl_env", "libero", "--ppo.iterations", 1, "--ppo.groups", 1,
+                  "--ppo.group_size", 2, "--output_dir", folder)
+    assert process.returncode == 0, process.stderr
+    assert (folder / "imagine" / "model.safetensors").exists()
+
+
+def test_the_virtual_environment_never_calls_the_true_simulator():
+    code = "import sys, world_model, ppo, reflector, policy, episodes; assert not {'mujoco', 'robosuite', 'libero'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input: one clear line, exit code 2, nothing lost
+# ---------------------------------------------------------------------------------------------------------------------
+def refused(process, words):
+    assert process.returncode == 2, process.stdout + process.stderr
+    assert "Traceback" not in process.stderr and words in process.stderr.strip().split("\n")[-1], process.stderr
+
+
+def test_bad_names_and_folders_are_refused(tmp_path):
+    refused(run("train.py", "--task", "libero_objects", "--output_dir", tmp_path / "a"), "libero_object")
+    refused(run("train.py", *TINY, "--task_ids", 12, "--output_dir", tmp_path / "b"), "from 0 to 9")
+    refused(run("train.py", *TINY, "--stages", "clone", "--output_dir", tmp_path / "c"), "add demonstrate to --stages")
+    refused(run("train.py", *TINY, "--demos", tmp_path / "none", "--output_dir", tmp_path / "d"), "not a folder")
+    refused(run("evaluate.py", "--checkpoint", tmp_path / "nothing"), "does not exist")
+    with h5py.File(tmp_path / "pick_up_the_alphabet_soup_and_place_it_in_the_basket_demo.hdf5", "w") as file:
+        file.create_group("data")
+    refused(run("train.py", *TINY, "--demos", tmp_path, "--output_dir", tmp_path / "e"), "demonstration file")
+
+
+def test_other_settings_and_damaged_files_are_refused_and_finished_stages_stay(finished, tmp_path):
+    folder = copy_of(finished, tmp_path, ["evaluate", "imagine"])
+    refused(run("train.py", *TINY, "--output_dir", folder, "--policy.width", 32), "policy.width 64")
+    refused(run("train.py", *TINY, "--output_dir", folder, "--task", "libero_goal"), "libero_object")
+    weights = folder / "simulate" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    refused(run("train.py", *TINY, "--output_dir", folder), "truncated")
+    assert (folder / "clone" / "model.safetensors").exists() and (folder / "explore" / "episodes.jsonl").exists()
