@@ -183,7 +183,8 @@ class ChunkData:
                 if len(track.actions):
                     self.tracks.append(track)
                     self.episodes.append(episode)
-        self.index = [(k, t) for k, track in enumerate(self.tracks) for t in range(len(track.actions))]
+        self.frames = [(k, t) for k, track in enumerate(self.tracks) for t in range(len(track.images))]
+        self.index = [(k, t) for k, t in self.frames if t < len(self.tracks[k].actions)]  # frames with a successor
 
     def world_batch(self, size, generator) -> dict:
         """Transitions for the world simulator; shapes in its docstring."""
@@ -208,11 +209,8 @@ class ChunkData:
         return track.actions[t - 1] if t else np.zeros((self.chunk_size, 7), np.float32)
 
     def frame_batch(self, size, generator) -> dict:
-        """Frames (first, previous, current) for the reflector; in half of the batch the task is done in the current one."""
-        done = [(k, t) for k, track in enumerate(self.tracks) for t in np.flatnonzero(track.success)]
-        picks = [self.index[i] for i in torch.randint(len(self.index), (size,), generator=generator)]
-        if done:
-            picks[:size // 2] = [done[i] for i in torch.randint(len(done), (size // 2,), generator=generator)]
+        """Frames (first, previous, current) for the reflector, drawn evenly, so that its probabilities are calibrated."""
+        picks = [self.frames[i] for i in torch.randint(len(self.frames), (size,), generator=generator)]
         frames = [self.tracks[k].images[[0, max(t - 1, 0), t]] for k, t in picks]
         return {
             "frames": _stack(frames, self.device),

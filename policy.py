@@ -234,7 +234,7 @@ class Policy(nn.Module):
         slots = self.action_tokens.expand(B, -1, -1)                                        # (B, L·A, D)
         tokens = torch.cat([views.flatten(1, 2), proprio, words, slots], dim=1)
         n_before, n_after = V * views.shape[2] + 1, slots.shape[1]
-        mask = nn.functional.pad(is_word.long(), (n_before, n_after), value=1)              # (B, 33 + N + L·A)
+        mask = nn.functional.pad(is_word.long(), (n_before, n_after), value=1)             # (B, 33 + N + L·A)
         # Positions count valid tokens, so padding neither is seen nor moves what follows it.
         hidden = self.backbone(inputs_embeds=tokens, attention_mask=mask, position_ids=mask.cumsum(1) - 1,
                                use_cache=False).last_hidden_state
@@ -261,16 +261,11 @@ class Policy(nn.Module):
         saved = read_json(f"{folder}/config.json")
         if saved.get("model_type") != MODEL_TYPE:
             raise UserError(f"{folder} holds a {saved.get('model_type')}, not a policy: name another")
-        policy = cls(PolicyConfig(**saved["config"]), Normalizer.from_dict(saved["normalizer"]))
+        try:
+            policy = cls(PolicyConfig(**saved["config"]), Normalizer.from_dict(saved["normalizer"]))
+        except (TypeError, KeyError) as error:
+            raise UserError(f"{folder} holds a policy of another version ({error}): train again") from None
         return load_weights(folder, policy).eval()
-
-
-def parameter_groups(policy, lr_backbone, lr_heads) -> list[dict]:
-    """For PPO's optimiser: both heads learn at their own rate, everything else at the backbone's."""
-    heads = [*policy.action_head.parameters(), *policy.scale_head.parameters()]
-    others = set(map(id, heads))
-    return [{"params": [p for p in policy.parameters() if id(p) not in others], "lr": lr_backbone},
-            {"params": heads, "lr": lr_heads}]
 
 
 # ------------------------------------------------------------------------------------------------------------

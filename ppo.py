@@ -39,11 +39,11 @@ class PPOConfig:
     groups: int = 8  # start contexts in an iteration (G)
     group_size: int = 8  # rollouts from the same start context (K); the paper's 8
     epochs: int = 1  # passes over an iteration's rollouts
-    minibatch: int = 128  # chunks in an optimiser step; 0 takes the whole buffer; the paper's 4
+    minibatch: int = 256  # chunks in an optimiser step; 0 takes the whole buffer; the paper's 4
     microbatch: int = 64  # chunks in a forward pass; gradients add up to a minibatch's, so it is memory alone
     clip_coef: float = 0.1  # nothing is gained by a ratio outside 1 ± clip_coef; the paper's 0.1
-    lr_backbone: float = 1e-4  # learning rate of everything but the heads; the paper's, for LoRA
-    lr_heads: float = 1e-5  # learning rate of the action head and the scale head; the paper's
+    lr_backbone: float = 1e-5  # learning rate of everything but the heads; the paper's 1e-4 is for LoRA on 7B
+    lr_heads: float = 1e-6  # learning rate of the action head and the scale head; the paper's 1e-5
     train_scale: bool = True  # train the scale head too, as the paper does; else exploration stays as it is
     max_grad_norm: float = 1.0  # gradient norm above which gradients are scaled down
     temperature: float = 1.0  # multiplies the Laplace scale b, in sampling and in scoring alike

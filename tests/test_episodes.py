@@ -46,12 +46,13 @@ def test_memory_always_holds_the_first_and_the_last_frame():
     assert memory_index(torch.tensor([0, 1, 9])).tolist() == [[0, 0, 0, 0], [0, 0, 0, 1], [0, 3, 6, 9]]
 
 
-def test_half_of_a_reflector_batch_is_done_and_labels_belong_to_the_last_frame():
-    batch = ChunkData([make_episode(stride=8)], 8, "cpu").frame_batch(64, torch.Generator().manual_seed(0))
-    done = batch["frames"][:, 2, 0, 0, 0, 0] >= 32
-    assert torch.equal(batch["labels"][:, 2] > 0.5, done) and 32 <= done.sum() < 64
-    assert batch["valid"].sum() == 64 and batch["valid"][:, 2].all()
-    assert (batch["frames"][:, 0] == 0).all()
+def test_a_reflector_batch_draws_all_frames_evenly_and_labels_the_last_of_three():
+    batch = ChunkData([make_episode(stride=8)], 8, "cpu").frame_batch(600, torch.Generator().manual_seed(0))
+    first, previous, current = batch["frames"][:, :, 0, 0, 0, 0].T
+    assert torch.equal(batch["labels"][:, 2] > 0.5, current >= 32)
+    assert (first == 0).all() and torch.equal(previous.int(), (current.int() - 8).clamp(min=0))
+    assert all(60 < (current == 8 * t).sum() < 140 for t in range(6)), "the last frame counts as the others do"
+    assert batch["valid"].sum() == 600 and batch["valid"][:, 2].all()
 
 
 def test_a_chunk_that_runs_over_the_end_is_marked_invalid():

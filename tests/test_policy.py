@@ -8,7 +8,7 @@ import torch
 
 import policy as policy_module
 from episodes import Normalizer
-from policy import ActionDistribution, Policy, PolicyConfig, augment, clone_loss, parameter_groups, tokenize
+from policy import ActionDistribution, Policy, PolicyConfig, augment, clone_loss, tokenize
 from runs import UserError
 
 NORMALIZER = Normalizer([-0.8] * 6 + [-1.0], [0.4] * 6 + [1.0], [-0.5] * 8, [0.5] * 8)
@@ -94,7 +94,8 @@ def test_libero_words_do_not_collide():
 
 def test_tokens_ignore_case_and_keep_order():
     ids, is_word = tokenize(["Close the Drawer", "drawer the close", LONG], 4096)
-    assert torch.equal(ids[:1, :3], tokenize([SHORT], 4096)[0]) and torch.equal(ids[0, :3], ids[1, :3].flip(0))
+    assert torch.equal(ids[:1, :3], tokenize([SHORT], 4096)[0])
+    assert torch.equal(ids[0, :3], ids[1, :3].flip(0))
     assert is_word.sum(1).tolist() == [3, 3, len(LONG.split())] and (ids[:2, 3:] == 0).all()
 
 
@@ -123,7 +124,7 @@ def test_every_input_reaches_every_action(key):
     policy, obs = make_policy(), make_obs()
     changed = obs | {"images": obs["images"].clone(), "state": obs["state"].clone()}
     if key == "instruction":
-        changed["instruction"] = [LONG] * 3
+        changed["instruction"] = ["open the cabinet"] * 3  # as many words: it is the words that must be read
     elif key == "state":
         changed["state"][:, 2] += 0.1
     else:
@@ -176,15 +177,6 @@ def test_folder_of_another_model_is_a_clear_error(tmp_path):
         Policy.from_pretrained(tmp_path)
 
 
-def test_parameter_groups_cover_everything_once():
-    policy = make_policy()
-    backbone, heads = parameter_groups(policy, 1e-4, 1e-5)
-    together = [id(p) for p in backbone["params"] + heads["params"]]
-    assert sorted(together) == sorted(map(id, policy.parameters()))
-    assert id(policy.scale_head.linear_out.bias) in map(id, heads["params"])
-    assert (backbone["lr"], heads["lr"]) == (1e-4, 1e-5)
-
-
 # ------------------------------------------------------------------------------------------ cloning
 def gradients(policy, batch):
     policy.zero_grad()
@@ -194,9 +186,12 @@ def gradients(policy, batch):
 
 
 def test_padded_step_changes_nothing():
-    policy, batch = make_policy(), make_batch()
+    policy, batch = make_policy(augment=False), make_batch()
     batch["valid"][0, 5:] = False
     loss, grads = gradients(policy, batch)
+    with torch.no_grad():
+        error = (policy(batch).loc - batch["actions"]).abs()[batch["valid"]].mean()
+    assert torch.allclose(clone_loss(policy, batch, None)[1]["l1"], error)
     garbage = batch["actions"].clone()
     garbage[0, 5:] = math.nan
     other_loss, other_grads = gradients(policy, batch | {"actions": garbage})
