@@ -32,7 +32,7 @@ from episodes import ChunkData, Episode, StartContext, load_episodes
 from libero_env import LiberoContext, LiberoVectorEnv, initial_states, load_suite, step_limit
 from policy import Policy
 from ppo import rollout
-from reflector import Reflector
+from reflector import Reflector, reflector_metrics
 from runs import UserError, clear_errors, read_json, step_generator, write_json
 from world_model import VirtualEnv, VirtualEnvConfig, WorldModel, world_model_loss
 
@@ -209,7 +209,6 @@ def _open_loop(world, contexts, actions, seed):
 
 def reflector_quality(reflector, episodes, chunk_size, eta) -> dict:
     """`reflector_metrics` on the true frames of held-out episodes."""
-    from reflector import reflector_metrics
     tracks = [episode.chunks(chunk_size) for episode in episodes]
     T = max(len(track.images) for track in tracks)
     score, label, valid = np.zeros((len(tracks), T)), np.zeros((len(tracks), T)), np.zeros((len(tracks), T), bool)

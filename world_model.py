@@ -53,14 +53,14 @@ class WorldModelConfig:
     channels: tuple[int, ...] = (48, 96, 144)  # width of every U-Net level; each level halves the grid
     layers: int = 1  # residual blocks a level
     attention: bool = True  # self-attention at the coarsest level
-    hand_height: float = 0.22  # lowest part of the wrist picture, which shows the hand itself: it isn't warped
+    hand_height: float = 0.22  # lowest part of the wrist picture, which shows the hand: not warped
     residual_std: tuple[float, float] = (0.15, 0.25)  # of next frame - base, in each view, in [-1, 1]
     sigma_mean: float = 0.3  # mean of log sigma in training
     sigma_std: float = 1.2  # standard deviation of log sigma in training
     sigma_max: float = 10.0  # noise level that sampling starts at
     sigma_min: float = 0.2  # noise level of the sampler's last step
     rho: float = 7.0  # bend of the sampler's schedule (EDM equation 5)
-    sampling_steps: int = 2  # Euler steps a frame
+    sampling_steps: int = 1  # Euler steps a frame; on held-out frames 1 beat 2 by 0.2 dB and 3 by more
     memory_noise: float = 0.1  # training adds noise of up to this standard deviation to the memory
     state_width: int = 256  # width of the MLP that corrects the kinematics
 

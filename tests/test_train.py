@@ -113,6 +113,24 @@ def test_rl_runs_in_the_true_simulator_with_the_same_code(finished, tmp_path):
     assert (folder / "imagine" / "model.safetensors").exists()
 
 
+def test_evaluate_is_a_command_of_its_own_that_goes_on_where_it_was(finished):
+    command = ["evaluate.py", "--checkpoint", finished[0], "--task_ids", 0, "--episodes", 1, "--device", "cpu"]
+    first = run(*command)
+    assert first.returncode == 0, first.stderr
+    folder = finished[0] / "eval_libero_object_1"
+    lines = (folder / "post_trained" / "episodes.jsonl").read_text()
+    assert json.loads((folder / "results.json").read_text())["policies"]["cloned"]["self_stop"]["episodes"] == 1
+    assert run(*command).returncode == 0 and (folder / "post_trained" / "episodes.jsonl").read_text() == lines
+
+
+def test_the_benchmark_compares_both_worlds(finished):
+    process = run("evaluate.py", "--checkpoint", finished[0], "--benchmark", "--device", "cpu")
+    assert process.returncode == 0, process.stderr
+    speeds = {line.split()[0]: float(line.split()[1]) for line in process.stdout.strip().splitlines()[-5:]}
+    assert all(value > 0 for value in speeds.values())
+    assert np.isclose(speeds["imagined_over_true"], speeds["imagined_steps_per_s"] / speeds["true_steps_per_s"], rtol=0.05)
+
+
 def test_the_virtual_environment_never_calls_the_true_simulator():
     code = "import sys, world_model, ppo, reflector, policy, episodes; assert not {'mujoco', 'robosuite', 'libero'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
