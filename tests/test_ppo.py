@@ -261,7 +261,7 @@ def test_minibatches_hold_every_chunk_once_and_are_of_one_size():
 
 def test_the_heads_have_their_own_rate_and_the_scale_can_be_kept():
     policy = toy()
-    rates = {id(p): group["lr"] for group in make_optimizer(policy, PPOConfig()).param_groups
+    rates = {id(p): group["lr"] for group in make_optimizer(policy, PPOConfig(lr_backbone=1e-4, lr_heads=1e-5)).param_groups
              for p in group["params"]}
     assert rates[id(policy.backbone[0].weight)] == 1e-4
     assert rates[id(policy.action_head.weight)] == rates[id(policy.scale_head.weight)] == 1e-5
