@@ -61,8 +61,10 @@ def load_policies(folder, device) -> dict[str, Policy]:
 # ---------------------------------------------------------------------------------------------------------------------
 # True episodes
 # ---------------------------------------------------------------------------------------------------------------------
-def play(policy, env: LiberoVectorEnv, contexts, folder, source, seed, greedy=True, temperature=1.0) -> list[dict]:
+def play(policy, env: LiberoVectorEnv, contexts, folder, source, seed, temperatures=None) -> list[dict]:
     """Play every context once in the true simulator; one `.npz` and one line of `episodes.jsonl` an episode.
+
+    temperatures: one for each context, multiplying the policy's scale b; None plays greedily.
 
     Finished episodes are kept and not played again. Tasks are played num_envs at a time, one a process, because a
     simulator takes seconds to build. Returns all lines, in the order of `contexts`.
@@ -73,16 +75,18 @@ def play(policy, env: LiberoVectorEnv, contexts, folder, source, seed, greedy=Tr
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     lines = {line["file"]: line for line in lines}
     files = [f"task{context.task_id:02d}_seed{context.seed:06d}.npz" for context in contexts]
-    todo = [(file, context) for file, context in zip(files, contexts) if file not in lines]
-    tasks = sorted({context.task_id for _, context in todo})
+    todo = [episode for episode in zip(files, contexts, temperatures or [1.0] * len(contexts)) if episode[0] not in lines]
+    tasks = sorted({context.task_id for _, context, _ in todo})
     with tqdm(total=len(contexts), initial=len(contexts) - len(todo), desc=folder.name.removesuffix(".tmp"),
               unit="episode") as bar:
         for first in range(0, len(tasks), env.num_envs):
-            queues = [[pair for pair in todo if pair[1].task_id == task] for task in tasks[first:first + env.num_envs]]
-            batch = [pair for row in zip_longest(*queues) for pair in row if pair]
-            played = rollout(policy, env, [context for _, context in batch], greedy, temperature,
-                             step_generator(seed, tasks[first]), progress=bar.update)
-            for row, (file, context) in enumerate(batch):
+            queues = [[episode for episode in todo if episode[1].task_id == task]
+                      for task in tasks[first:first + env.num_envs]]
+            batch = [episode for row in zip_longest(*queues) for episode in row if episode]
+            _, starts, heat = zip(*batch)
+            played = rollout(policy, env, starts, temperatures is None, heat, step_generator(seed, tasks[first]),
+                             progress=bar.update)
+            for row, (file, context, _) in enumerate(batch):
                 lines[file] = save_episode(played, row, folder / file, context, source, env)
                 with open(path, "a") as log:
                     log.write(json.dumps(lines[file]) + "\n")

@@ -102,8 +102,9 @@ class ActionDistribution:
         return (1 + math.log(2) + self.log_scale).sum(-1)
 
     def tempered(self, temperature) -> "ActionDistribution":
-        """The same with b times `temperature` > 0. Score a sample with the distribution that drew it."""
-        return ActionDistribution(self.loc, self.log_scale + math.log(temperature))
+        """The same with b times `temperature` > 0, a number or (B, 1, 1). Score with what has sampled."""
+        factor = torch.as_tensor(temperature, dtype=self.loc.dtype, device=self.loc.device)
+        return ActionDistribution(self.loc, self.log_scale + factor.log())
 
 
 # ------------------------------------------------------------------------------------------------------------

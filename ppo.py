@@ -74,10 +74,12 @@ def rollout(policy, env, contexts, greedy=False, temperature=1.0, generator=None
 
     Slot i of the environment plays contexts i, i + num_envs, i + 2 num_envs, ...: a masked reset refills it.
     `env.num_envs` 0 or None means any number: all contexts are played at once. Exploration noise comes from
-    `generator` alone. `progress(ended)` hears after every chunk how many episodes have just ended.
+    `generator` alone; `temperature` is one number or one for each context. `progress(ended)` hears after every
+    chunk how many episodes have just ended.
     """
     policy.eval()
     total, slots = len(contexts), env.num_envs or len(contexts)
+    temperature = torch.as_tensor(temperature).float().expand(total)        # (B,)
     which, chunk = torch.arange(slots), torch.zeros(slots, dtype=torch.long)  # a slot's context, next chunk
     fresh, starts, steps = which < total, [], []
     while (which < total).any():
@@ -85,7 +87,7 @@ def rollout(policy, env, contexts, greedy=False, temperature=1.0, generator=None
             obs, _ = env.reset([contexts[min(i, total - 1)] for i in which.tolist()], fresh)
             starts.append((which[fresh], select(obs, fresh.nonzero().flatten())))
         index = (which < total).nonzero().flatten()                         # (b,) slots that still play
-        distribution = policy(select(obs, index)).tempered(temperature)
+        distribution = policy(select(obs, index)).tempered(temperature[which[index], None, None])
         action = distribution.mode if greedy else distribution.sample(generator)  # (b, L, A)
         env_action = policy.env_actions(action)                             # (b, L, A)
         command = env_action.new_zeros(slots, *env_action.shape[1:])        # (slots, L, A) idle slots: zeros

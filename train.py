@@ -45,9 +45,9 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 
 @dataclass
 class ExploreConfig:
-    episodes: int = 8  # episodes a task
-    held_out: int = 1  # of these, episodes a task that nothing is trained on; they measure simulator and reflector
-    temperature: float = 1.0  # multiplies the Laplace scale b of the cloned policy
+    episodes: int = 10  # episodes a task
+    held_out: int = 2  # of these, episodes a task that nothing is trained on; they measure simulator and reflector
+    temperatures: tuple[float, ...] = (1.0, 2.0)  # taken in turn, they multiply the cloned policy's Laplace scale b
     linger: int = 2  # chunks to go on after the goal is reached, so that there are frames of a task that is done
     mesh_cell: float = 0.006  # m; vertices closer than this are merged in demonstrations and exploration (0: never)
 
@@ -89,7 +89,7 @@ def tiny() -> TrainConfig:
     fast = dict(warmup=5, save_every=10)
     return TrainConfig(
         preset="tiny", task_ids=(0, 1), num_demos=1, policy=PolicyConfig.tiny(),
-        clone=FitConfig(steps=60, batch_size=16, **fast), explore=ExploreConfig(episodes=2),
+        clone=FitConfig(steps=60, batch_size=16, **fast), explore=ExploreConfig(episodes=2, held_out=1),
         world_model=WorldModelConfig(channels=(16, 32, 32), patch=4), simulate=FitConfig(steps=30, batch_size=8, **fast),
         reflector=ReflectorConfig(channels=16, width=32), reflect=FitConfig(steps=30, batch_size=8, **fast),
         virtual=VirtualEnvConfig(horizon=3), ppo=PPOConfig(iterations=2, groups=2, group_size=4, minibatch=32),
@@ -191,10 +191,12 @@ def explore(config, run, folder, device):
     policy = Policy.from_pretrained(run.path("clone")).to(device)
     contexts = [LiberoContext(task, seed=100_000 * (config.seed + 1) + number)
                 for task in config.task_ids for number in range(config.explore.episodes)]
+    heat = config.explore.temperatures
+    temperatures = [heat[number % len(heat)] for _ in config.task_ids for number in range(config.explore.episodes)]
     env = LiberoVectorEnv(config.task, config.num_procs, config.policy.image_size, config.policy.chunk_size,
                           linger=config.explore.linger, mesh_cell=config.explore.mesh_cell, device=device)
     try:
-        lines = play(policy, env, contexts, folder, "explore", config.seed, False, config.explore.temperature)
+        lines = play(policy, env, contexts, folder, "explore", config.seed, temperatures)
     finally:
         env.close()
     print(f"explore: {sum(line['oracle_stop'] for line in lines)} of {len(lines)} episodes succeeded")
