@@ -171,14 +171,15 @@ class CloneData:
 class ChunkData:
     """Trajectories at chunk boundaries, for the world simulator, the reflector and the start contexts.
 
-    A demonstration holds every frame, so it is cut at every offset below a chunk: eight trajectories each.
+    A demonstration holds every frame, so it is cut at every offset below a chunk: eight trajectories each
+    (every_offset=False: one).
     """
 
-    def __init__(self, episodes, chunk_size, device):
+    def __init__(self, episodes, chunk_size, device, every_offset=True):
         self.device, self.chunk_size = device, chunk_size
         self.tracks, self.episodes = [], []
         for episode in episodes:
-            for offset in range(0, chunk_size, episode.stride):
+            for offset in range(0, chunk_size if every_offset else 1, episode.stride):
                 track = episode.chunks(chunk_size, offset)
                 if len(track.actions):
                     self.tracks.append(track)
@@ -187,23 +188,25 @@ class ChunkData:
         self.index = [(k, t) for k, t in self.frames if t < len(self.tracks[k].actions)]  # frames with a successor
 
     def world_batch(self, size, generator) -> dict:
-        """Transitions for the world simulator; shapes in its docstring."""
-        return self.transitions([self.index[i] for i in torch.randint(len(self.index), (size,), generator=generator)])
+        """Histories for the world simulator, each up to a frame drawn evenly."""
+        return self.histories([self.index[i] for i in torch.randint(len(self.index), (size,), generator=generator)])
 
-    def transitions(self, picks) -> dict:
-        """The transition from frame t to t + 1 of track k for every (k, t) in `picks`."""
-        memory = [memory_index(t).numpy() for _, t in picks]
-        tracks = [self.tracks[k] for k, _ in picks]
-        times = [t for _, t in picks]
-        return {key: _stack(values, self.device) for key, values in {
-            "memory": [track.images[m] for track, m in zip(tracks, memory)],
-            "memory_states": [track.states[m] for track, m in zip(tracks, memory)],
-            "previous_actions": [self._previous(track, t) for track, t in zip(tracks, times)],
-            "actions": [track.actions[t] for track, t in zip(tracks, times)],
-            "state": [track.states[t] for track, t in zip(tracks, times)],
-            "next_state": [track.states[t + 1] for track, t in zip(tracks, times)],
-            "target": [track.images[t + 1] for track, t in zip(tracks, times)],
-        }.items()}
+    def histories(self, picks) -> dict:
+        """Frames 0 to t + 1 of track k for every (k, t) in `picks`, padded with zeros to the longest.
+
+        -> frames (B, T+1, V, 3, H, W) uint8, states (B, T+1, 8), actions (B, T, L, 7), time (B,): t
+        """
+        time = torch.tensor([t for _, t in picks])
+        T = int(time.max()) + 1
+
+        def lay(name, ahead):
+            rows = [getattr(self.tracks[k], name)[:t + 1 + ahead] for k, t in picks]
+            whole = np.zeros((len(rows), T + ahead, *rows[0].shape[1:]), rows[0].dtype)
+            for row, values in zip(whole, rows):
+                row[:len(values)] = values
+            return torch.from_numpy(whole).to(self.device)
+        return {"frames": lay("images", 1), "states": lay("states", 1), "actions": lay("actions", 0),
+                "time": time.to(self.device)}
 
     def _previous(self, track, t):
         return track.actions[t - 1] if t else np.zeros((self.chunk_size, 7), np.float32)

@@ -10,6 +10,7 @@ states by McNemar's exact test.
 
     python evaluate.py --checkpoint runs/libero_object --episodes 10        # more episodes than the training run took
     python evaluate.py --checkpoint runs/libero_object --benchmark          # speeds, nothing else
+    python evaluate.py --world runs/libero_object --episodes 10             # how far its imagination can be believed
 
 Shapes: B episodes, T time in chunks, V camera views, L action-chunk length, C, H, W image.
 """
@@ -28,13 +29,16 @@ import tyro
 from tqdm import tqdm
 
 import report
-from episodes import ChunkData, Episode, StartContext, load_episodes
+from episodes import ChunkData, load_episodes
+from fidelity import frame_scores, imagine_episodes, measure
 from libero_env import LiberoContext, LiberoVectorEnv, initial_states, load_suite, step_limit
 from policy import Policy
 from ppo import rollout
-from reflector import Reflector, reflector_metrics
+from reflector import Reflector
 from runs import UserError, clear_errors, read_json, step_generator, write_json
 from world_model import VirtualEnv, VirtualEnvConfig, WorldModel, world_model_loss
+
+TEST_SEED = 50_000_000  # placements of the episodes that measure a virtual environment: nothing else uses them
 
 
 @dataclass
@@ -159,80 +163,13 @@ def imagined_success(policy, world, reflector, starts, horizon, eta) -> np.ndarr
     return rollout(policy, env, starts, greedy=True).terminated.cpu().numpy()
 
 
-def replay(world, reflector, episode: Episode) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Imagine a recorded episode open loop from its first frame with its own actions.
-
-    -> imagined frames (T+1, V, 3, H, W) uint8, states (T+1, 8), the reflector's scores (T,)
-    """
-    track = episode.chunks(world.config.chunk_size)
-    T = len(track.actions)
-    env = VirtualEnv(world, reflector, VirtualEnvConfig(horizon=T, eta=2.0, shared_noise=False), 1)  # never stops
-    env.reset([StartContext(track.images[0], track.states[0], episode.instruction,
-                            np.zeros_like(track.actions[0]), episode.task_id)])
-    scores = [env.step(torch.from_numpy(actions)[None])[4]["score"] for actions in track.actions]
-    return env.frames[0].cpu().numpy(), env.states[0].cpu().numpy(), torch.stack(scores)[:, 0].cpu().numpy()
-
-
-@torch.no_grad()
-def world_fidelity(world, episodes, horizons=(1, 5), seed=0) -> dict:
-    """Open-loop PSNR (dB) in each view at each horizon (chunks) on held-out episodes, beside two baselines.
-
-    "still": the frame that the prediction started from. "shuffled": every start gets another start's actions.
-    """
-    data, metrics = ChunkData(episodes, world.config.chunk_size, next(world.parameters()).device), {}
-    for horizon in horizons:
-        starts = [(k, t) for k, track in enumerate(data.tracks)
-                  for t in range(0, len(track.actions) - horizon + 1, 2)]
-        if len(starts) < 2:
-            continue
-        actions = np.stack([data.tracks[k].actions[t:t + horizon] for k, t in starts])  # (B, T, L, 7)
-        target = np.stack([data.tracks[k].images[t + horizon] for k, t in starts])
-        state = np.stack([data.tracks[k].states[t + horizon] for k, t in starts])
-        contexts = data.starts(starts)
-        shuffle = np.roll(np.arange(len(starts)), len(starts) // 2)
-        predicted, end = _open_loop(world, contexts, actions, seed)
-        shuffled, _ = _open_loop(world, contexts, actions[shuffle], seed)
-        still = np.stack([context.images for context in contexts])
-        for view, name in enumerate(("agentview", "wrist")):
-            for kind, frames in (("predicted", predicted), ("still", still), ("shuffled", shuffled)):
-                error = (frames[:, view].astype(np.float32) - target[:, view]) ** 2
-                metrics[f"psnr_{name}_{horizon}_{kind}"] = round(float(10 * np.log10(255 ** 2 / error.mean())), 2)
-        metrics[f"state_mm_{horizon}"] = round(float(np.linalg.norm(end[:, :3] - state[:, :3], axis=1).mean() * 1e3), 1)
-    return metrics | {"episodes": len(episodes)}
-
-
-def _open_loop(world, contexts, actions, seed):
-    """Last imagined frames (B, V, 3, H, W) and states (B, 8) after playing actions (B, T, L, 7)."""
-    config = VirtualEnvConfig(horizon=actions.shape[1], eta=2.0, shared_noise=False, seed=seed)
-    env = VirtualEnv(world, None, config, len(contexts))
-    env.reset(contexts)
-    for t in range(actions.shape[1]):
-        obs, *_ = env.step(torch.from_numpy(actions[:, t]))
-    return obs["images"].cpu().numpy(), obs["state"].cpu().numpy()
-
-
-def reflector_quality(reflector, episodes, chunk_size, eta) -> dict:
-    """`reflector_metrics` on the true frames of held-out episodes."""
-    tracks = [episode.chunks(chunk_size) for episode in episodes]
-    T = max(len(track.images) for track in tracks)
-    score, label, valid = np.zeros((len(tracks), T)), np.zeros((len(tracks), T)), np.zeros((len(tracks), T), bool)
-    for row, (track, episode) in enumerate(zip(tracks, episodes)):
-        frames = torch.from_numpy(track.images)[None].to(next(reflector.parameters()).device)
-        with torch.no_grad():
-            score[row, :len(track.images)] = torch.sigmoid(reflector(frames, [episode.instruction]))[0].cpu().numpy()
-        label[row, :len(track.images)], valid[row, :len(track.images)] = track.success, True
-    return reflector_metrics(score, label, valid, eta)
-
-
 def film(world, reflector, episode, path, title):
     """A GIF and a PNG strip of a true episode above its imagination."""
-    track = episode.chunks(world.config.chunk_size)
-    imagined, _, imagined_scores = replay(world, reflector, episode)
-    device = next(reflector.parameters()).device
-    with torch.no_grad():
-        scores = torch.sigmoid(reflector(torch.from_numpy(track.images)[None].to(device), [episode.instruction]))[0]
-    frames = [np.moveaxis(images, 2, -1) for images in (track.images, imagined)]  # (T+1, V, H, W, 3)
-    all_scores = scores.cpu().numpy(), np.concatenate([scores[:1].cpu().numpy(), imagined_scores])
+    chunk_size = world.config.chunk_size
+    (imagined,), (imagined_scores,) = imagine_episodes(world, reflector, [episode])
+    (scores,) = frame_scores(reflector, [episode], chunk_size)
+    frames = [np.moveaxis(images, 2, -1) for images in (episode.chunks(chunk_size).images, imagined.images)]
+    all_scores = scores, np.concatenate([scores[:1], imagined_scores])  # frames: (T+1, V, H, W, 3)
     report.film_strip(path.with_suffix(".gif"), *frames, *all_scores, title, bool(episode.success.any()))
     report.contact_sheet(path.with_suffix(".png"), *frames, *all_scores, title, bool(episode.success.any()))
 
@@ -283,36 +220,59 @@ def _timed(work):
 # ---------------------------------------------------------------------------------------------------------------------
 @dataclass
 class Arguments:
-    """Evaluate the policies of a run on true LIBERO."""
-    checkpoint: str  # the run folder that train.py made
+    """Evaluate the policies of a run on true LIBERO, or (--world) how far its imagination can be believed."""
+    checkpoint: str = ""  # the run folder that train.py made: evaluate its policies
+    world: str = ""  # the run folder that train.py made: measure its virtual environment, and nothing else
     task: str = ""  # suite to evaluate on; empty: the one it was trained on
     task_ids: tuple[int, ...] = ()  # tasks of the suite; empty: those it was trained on
-    episodes: int = 5  # episodes a task and policy (50 at most)
+    episodes: int = 5  # episodes a task and policy (50 at most); with --world: test episodes a task
+    temperatures: tuple[float, ...] = (1.0, 3.0)  # with --world: noise of the test episodes, taken in turn
     num_procs: int = 0  # simulator processes; 0: one a core
-    output_dir: str = ""  # where results go; empty: <checkpoint>/eval_<suite>_<episodes>
+    output_dir: str = ""  # where results go; empty: <run>/eval_<suite>_<episodes>, or <run>/world_<episodes>
     device: str = "auto"  # "auto", "cpu", "cuda"
     benchmark: bool = False  # print speeds and do nothing else
 
 
 def main(arguments: Arguments):
-    run, device = Path(arguments.checkpoint), pick_device(arguments.device)
+    if bool(arguments.checkpoint) == bool(arguments.world):
+        raise UserError("give the run folder that train.py made, as --checkpoint RUN or as --world RUN")
+    run, device = Path(arguments.checkpoint or arguments.world), pick_device(arguments.device)
     trained = read_json(run / "config.json")
     suite = arguments.task or trained["task"]
     load_suite(suite)
     task_ids = list(arguments.task_ids or (trained["task_ids"] if suite == trained["task"] else range(10)))
     policies, num_procs = load_policies(run, device), arguments.num_procs or os.cpu_count() or 1
     reflector = Reflector.from_pretrained(run / "reflect").to(device).eval()
-    sizes = next(iter(policies.values())).config
+    sizes, eta = next(iter(policies.values())).config, trained["virtual"]["eta"]
+    if arguments.benchmark or arguments.world:
+        world = WorldModel.from_pretrained(run / "simulate").to(device).eval()
     if arguments.benchmark:
-        world = WorldModel.from_pretrained(run / "simulate").to(device)
         speeds = benchmark(policies, world, reflector, suite, task_ids[0], load_episodes(run / "explore")[:4],
                            sizes.image_size, num_procs, device)
         print("\n".join(f"{name:45s} {value:10.2f}" for name, value in speeds.items()))
         return
+    if arguments.world:
+        folder = Path(arguments.output_dir or run / f"world_{arguments.episodes}")
+        contexts = [LiberoContext(task, TEST_SEED + i) for task in task_ids for i in range(arguments.episodes)]
+        env = LiberoVectorEnv(suite, num_procs, sizes.image_size, sizes.chunk_size, linger=trained["explore"]["linger"],
+                              mesh_cell=trained["explore"]["mesh_cell"], device=device)
+        try:
+            heat = [arguments.temperatures[context.seed % len(arguments.temperatures)] for context in contexts]
+            play(policies["cloned"], env, contexts, folder, "test", TEST_SEED, heat)
+        finally:
+            env.close()
+        library = load_episodes(run / "demonstrate" / "episodes") + load_episodes(run / "explore")
+        measured = measure(world, reflector, policies["cloned"], load_episodes(folder), library, eta, folder)
+        write_json(folder / "fidelity.json", measured)
+        report.fidelity_plots(folder / "fidelity.png", measured)
+        text = report.fidelity_report(measured)
+        (folder / "fidelity.md").write_text(text)
+        print(text + f"\nWritten to {folder}: fidelity.json, fidelity.md, fidelity.png, best.png, median.png, worst.png")
+        return
     folder = Path(arguments.output_dir or run / f"eval_{suite}_{arguments.episodes}")
     start = time.time()
     lines = evaluate_policies(policies, reflector, suite, task_ids, arguments.episodes, folder, sizes.image_size,
-                              sizes.chunk_size, num_procs, trained["virtual"]["eta"], device)
+                              sizes.chunk_size, num_procs, eta, device)
     seconds, count = time.time() - start, sum(map(len, lines.values()))
     results = {"task": suite, "preset": trained["preset"], "seed": trained["seed"]} | compare(lines) | {
         "stages": {"evaluate": seconds}, "eval_s": seconds, "eval_ep_s": seconds / count}

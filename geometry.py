@@ -148,14 +148,16 @@ def warp_wrist(image: Tensor, state_from: Tensor, state_to: Tensor, camera: Came
     return warped, seen.view(B, 1, H, W).to(image.dtype)
 
 
-def action_map(camera: Camera, state: Tensor, size: int) -> Tensor:
-    """The pose (B, 8) to the eye of a camera that stands still: (B, 3, H, W) in [0, 1], on black.
+def action_map(camera: Camera, state: Tensor, size: int, hand: Tensor | None = None) -> Tensor:
+    """The pose (B, 8) to the eye of a camera: (B, 3, H, W) in [0, 1], on black.
 
-    A grey disc at the gripper, brighter the wider it is open; its x, y, z axes in red, green, blue.
+    A grey disc at the gripper, brighter the wider it is open; its x, y, z axes in red, green, blue. The camera stands
+    still, or (hand (B, 8) given) is on the hand in that state.
     """
     axes = rotation_matrix(state[:, 3:6]).transpose(1, 2) * AXIS_LENGTH  # (B, 3 axes, 3)
     points = torch.cat([state[:, None, :3], state[:, None, :3] + axes], dim=1)  # (B, 4, 3)
-    where, _ = project(points, camera, camera_pose(camera, state, on_hand=False))  # (B, 4, 2)
+    pose = camera_pose(camera, state if hand is None else hand, on_hand=hand is not None)
+    where, _ = project(points, camera, pose)  # (B, 4, 2)
     origin, line = where[:, None, None, :1], (where[:, 1:] - where[:, :1])[:, None, None]
     offset = pixel_grid(size, state.device)[None, :, :, None] - origin  # (B, H, W, 1, 2)
     along = (offset * line).sum(-1) / line.square().sum(-1).clamp(min=1e-8)  # (B, H, W, 3)

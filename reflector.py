@@ -122,6 +122,7 @@ class Reflector(nn.Module):
         self.encoder = FrameEncoder(config)
         D = config.width
         self.head = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 1))
+        self.register_buffer("platt", torch.tensor([1.0, 0.0]))  # set by `calibrate`
 
     def forward(self, frames: Tensor, instruction: list[str]) -> Tensor:
         """Frames (B, T, V, 3, H, W), B texts -> logits (B, T); logit t looks at frames 0, t-1 and t only."""
@@ -140,7 +141,11 @@ class Reflector(nn.Module):
     def score(self, first: Tensor, previous: Tensor, current: Tensor, instruction: list[str]) -> Tensor:
         """Frames (B, V, 3, H, W) each -> P(task done) (B,). In the first frame, previous = first."""
         h = self.encoder(first, previous, current, instruction)  # (B, D)
-        return torch.sigmoid(self.head(h).float().squeeze(1))
+        return self.probability(self.head(h).float().squeeze(1))
+
+    def probability(self, logits: Tensor) -> Tensor:
+        """P(task done), calibrated."""
+        return torch.sigmoid(self.platt[0] * logits + self.platt[1])
 
     def save_pretrained(self, folder: str | Path) -> None:
         save_model(folder, self, asdict(self.config))
@@ -181,6 +186,20 @@ def reflector_loss(model: Reflector, batch: dict, generator: torch.Generator) ->
     loss = F.binary_cross_entropy_with_logits(logits, labels, weight)
     accuracy = ((logits > 0) == (labels > 0.5)).float().mean()
     return loss, {"loss": loss.item(), "accuracy": accuracy.item(), "positives": labels.mean().item()}
+
+
+def calibrate(model: Reflector, logits: Tensor, labels: Tensor) -> None:
+    """Platt scaling on held-out frames: the slope and the shift (N,) logits need to give the labels' frequencies."""
+    platt = torch.tensor([1.0, 0.0], requires_grad=True)
+    optimizer = torch.optim.LBFGS([platt], max_iter=50, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = F.binary_cross_entropy_with_logits(platt[0] * logits + platt[1], labels) + 1e-3 * (platt[0] - 1) ** 2
+        value.backward()
+        return value
+    optimizer.step(loss)
+    model.platt.copy_(platt.detach())
 
 
 def auroc(scores: np.ndarray, labels: np.ndarray) -> float | None:

@@ -105,9 +105,8 @@ def results_table(results: dict) -> str:
     if results.get("world_model"):
         parts += ["## World simulator: open loop, held-out episodes", _fidelity_table(results["world_model"])]
     if results.get("reflector"):
-        rows = [[name.replace("_", " "), _number(value), MEANING.get(name, "")]
-                for name, value in results["reflector"].items()]
-        parts += ["## Reflector: held-out true episodes", _markdown(["number", "value", "meaning"], rows)]
+        parts += ["## Reflector: held-out episodes, true and as the simulator imagines them",
+                  _reflector_table(results["reflector"])]
     if "videos" in results:
         parts += ["## Videos", f"In `{results['videos']}`: true above, imagined (same actions) below."]
     if results.get("stages"):
@@ -129,21 +128,77 @@ def _success_table(results) -> str:
     return _markdown(["policy", *columns.values(), "imagined"], rows)
 
 
+def fidelity_report(measured: dict) -> str:
+    """fidelity.json -> Markdown."""
+    rows = [[f"{name.replace('_', ' ')} on {world} frames", f"{cell['count']}/{cell['of']} = {_percent(cell['rate'])} "
+             f"({cell['ci95'][0]:.0%} to {cell['ci95'][1]:.0%})"]
+            for world, cells in measured["outcome"].items() for name, cell in cells.items()]
+    rows += [[name.replace("_", " "), _number(value)] for part in ("stability", "violations", "following")
+             for name, value in measured[part].items()]
+    return "\n\n".join([
+        f"# The virtual environment on {measured['episodes']} test episodes, {measured['failures']} of them failures",
+        "## Outcome, stability, physics", _markdown(["", "value"], rows),
+        "## Reflector", _reflector_table(measured["reflector"]),
+        "## Error by horizon", _fidelity_table(measured["horizon"])]) + "\n"
+
+
+def _reflector_table(worlds) -> str:
+    """{"true": metrics, "imagined": metrics} side by side; counts of episodes as rates."""
+    rows = [[name.replace("_", " "), *(_number(metrics[name]) for metrics in worlds.values()), MEANING.get(name, "")]
+            for name in worlds["true"] if name != "outcome"]
+    for name in worlds["true"].get("outcome", {}):
+        rows.append([name.replace("_", " "), *(_percent(metrics["outcome"][name]["rate"]) for metrics in worlds.values()),
+                     MEANING.get(name, "")])
+    return _markdown(["", *(f"{world} frames" for world in worlds), "meaning"], rows)
+
+
+def _percent(rate) -> str:
+    return "–" if rate is None else f"{rate:.0%}"
+
+
+KINDS = {"predicted": "world simulator", "still": "the last frame stays", "shuffled": "with another episode's actions",
+         "nearest": "the nearest training episode"}
+UNITS = {"psnr": "PSNR (dB)", "ssim": "SSIM", "feature": "feature distance",
+         "state_mm": "gripper position error (mm)", "state_deg": "gripper rotation error (degrees)"}
+
+
 def _fidelity_table(metrics) -> str:
-    """psnr_{view}_{chunks}_{predicted|still|shuffled} share a row; any other number has a row to itself."""
-    rows = {}
+    """{unit}_{view}_{chunks}_{kind} share a row, one column a kind; so do the state's errors, which have no kind."""
+    rows, kinds = {}, [kind for kind in KINDS if any(key.endswith("_" + kind) for key in metrics)]
     for key, value in metrics.items():
-        name, _, kind = key.rpartition("_")
-        name, kind = (name, kind) if kind in ("predicted", "still", "shuffled") else (key, "predicted")
-        rows.setdefault(name, {})[kind] = _number(value)
-    table = []
-    for name, row in rows.items():
-        if match := re.fullmatch(r"psnr_(\w+)_(\d+)|(state_mm)_(\d+)", name):
-            view, chunks = match[1], match[2] or match[4]
-            name = f"PSNR (dB), {view}" if view else "gripper position error (mm)"
-            name += f", after {chunks} chunk" + "s" * (chunks != "1")
-        table.append([name, *(row.get(kind, "") for kind in ("predicted", "still", "shuffled"))])
-    return _markdown(["", "world simulator", "the last frame stays", "with another episode's actions"], table)
+        if match := re.fullmatch(rf"({'|'.join(UNITS)})(?:_(agentview|wrist))?_(\d+)(?:_(\w+))?", key):
+            unit, view, chunks, kind = match.groups()
+            name = f"{UNITS[unit]}{', ' + view if view else ''}, after {chunks} chunk{'s' * (chunks != '1')}"
+            rows.setdefault(name, {})[kind or "predicted"] = _number(value)
+    return _markdown(["", *(KINDS[kind] for kind in kinds)],
+                     [[name, *(row.get(kind, "") for kind in kinds)] for name, row in rows.items()])
+
+
+def fidelity_plots(path, measured: dict) -> None:
+    """PSNR, SSIM and feature distance by horizon in both views, and outcome rates with their intervals, as a PNG."""
+    figure = Figure(figsize=(14, 7), layout="constrained")
+    grid = figure.subplots(2, 4)
+    for row, view in zip(grid, ("agentview", "wrist")):
+        for axes, unit in zip(row, ("psnr", "ssim", "feature")):
+            for kind, label in KINDS.items():
+                points = sorted((int(match[1]), value) for key, value in measured["horizon"].items()
+                                if (match := re.fullmatch(rf"{unit}_{view}_(\d+)_{kind}", key)))
+                if points:
+                    axes.plot(*zip(*points), marker="o", markersize=3, label=label)
+            axes.set_title(f"{view}: {UNITS[unit]}", fontsize=11)
+            axes.set_xlabel("chunks", fontsize=9)
+            axes.grid(alpha=0.25)
+    grid[1, 0].legend(frameon=False, fontsize=8)
+    for axes, (world, cells) in zip(grid[:, 3], measured["outcome"].items()):
+        for place, (name, cell) in enumerate(cells.items()):
+            low, high = cell["ci95"]
+            axes.plot([low, high], [-place, -place], color="black", linewidth=1)
+            axes.plot([cell["rate"] or 0], [-place], marker="o", color="black")
+        axes.set(yticks=[-n for n in range(len(cells))], yticklabels=[name.replace("_", " ") for name in cells], xlim=(0, 1))
+        axes.set_title(f"verdict on {world} frames", fontsize=11)
+    for axes in grid.flat:
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
 
 
 def _rate(cell) -> str:
@@ -267,7 +322,7 @@ def _enlarged(image, scale):
 # Learning curves
 # ----------------------------------------------------------------------------------------------------------
 PANELS = [  # title, stage in log.jsonl, metrics drawn in it
-    ("clone: loss", "clone", ["loss"]),
+    ("clone: L1", "clone", ["l1"]),
     ("world simulator: loss", "simulate", ["loss"]),
     ("reflector", "reflect", ["loss", "accuracy"]),
     ("imagine: success and reward", "imagine", ["imagined_success", "reward"]),

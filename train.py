@@ -29,12 +29,14 @@ import report
 from demonstrations import collect_demonstrations, read_demonstrations
 from episodes import ChunkData, CloneData, Normalizer, StartContext, load_episodes
 from evaluate import (EvaluateConfig, compare, evaluate_policies, film, imagined_success, load_policies, pick_device,
-                      play, proportion, reflector_quality, world_fidelity)
+                      play, proportion)
+from fidelity import (check_trust, frame_logits, frame_scores, horizon_errors, imagine_episodes, outcome_agreement,
+                      reflector_quality)
 from geometry import Cameras
 from libero_env import LiberoContext, LiberoTask, LiberoVectorEnv, load_suite, single_threaded_children, step_limit
 from policy import Policy, PolicyConfig, clone_loss
 from ppo import PPOConfig, improve, make_optimizer
-from reflector import Reflector, ReflectorConfig, reflector_loss
+from reflector import Reflector, ReflectorConfig, calibrate, reflector_loss
 from runs import (FitConfig, Run, UserError, clear_errors, fit, load_resume, read_json, save_resume, step_generator,
                   write_json)
 from world_model import VirtualEnv, VirtualEnvConfig, WorldModel, WorldModelConfig, world_model_loss
@@ -69,6 +71,7 @@ class TrainConfig:
     demos: str = ""  # folder with official LIBERO HDF5 demonstrations; empty: a scripted expert makes them
     num_demos: int = 5  # demonstrations a task
     rl_env: Literal["virtual", "libero"] = "virtual"  # where RL happens: in imagination, or in the true simulator
+    trust_world: bool = False  # start RL even where the held-out episodes say that the imagination is no good
     device: str = "auto"  # "auto" takes the GPU where there is one; or "cpu", "cuda"
     num_procs: int = 0  # simulator processes; 0: one a core
     policy: PolicyConfig = field(default_factory=PolicyConfig)
@@ -88,7 +91,7 @@ def tiny() -> TrainConfig:
     """All seven stages on two tasks in about three minutes: the machinery, not the method's success."""
     fast = dict(warmup=5, save_every=10)
     return TrainConfig(
-        preset="tiny", task_ids=(0, 1), num_demos=1, policy=PolicyConfig.tiny(),
+        preset="tiny", task_ids=(0, 1), num_demos=1, trust_world=True, policy=PolicyConfig.tiny(),
         clone=FitConfig(steps=60, batch_size=16, **fast), explore=ExploreConfig(episodes=2, held_out=1),
         world_model=WorldModelConfig(channels=(16, 32, 32), patch=4), simulate=FitConfig(steps=30, batch_size=8, **fast),
         reflector=ReflectorConfig(channels=16, width=32), reflect=FitConfig(steps=30, batch_size=8, **fast),
@@ -229,21 +232,40 @@ def simulate(config, run, folder, device):
         world_model_loss, config.simulate, folder, config.seed, device,
         lambda step, metrics: run.log("simulate", step, metrics))
     world.save_pretrained(folder)
-    write_json(folder / "held_out.json", world_fidelity(world, held_out))
+    write_json(folder / "held_out.json", horizon_errors(world, held_out, horizons=(1, 5, 10)))
 
 
 def reflect(config, run, folder, device):
-    """The reflector, trained on the same frames with their true success labels; its quality on held-out episodes."""
+    """The reflector, trained on true frames and on the same episodes as the world simulator imagines them.
+
+    An imagined frame bears the label of the true one: what truly happened under the same actions. Calibrated on the
+    held-out episodes, true and imagined; their quality is kept.
+    """
     training, held_out = explored(config, run)
-    data = ChunkData(demonstrations(run) + training, config.policy.chunk_size, device)
+    world = WorldModel.from_pretrained(run.path("simulate")).to(device).eval().requires_grad_(False)
+    L, size = config.policy.chunk_size, config.reflect.batch_size
+    true = ChunkData(demonstrations(run) + training, L, device)
+    imagined = ChunkData(imagine_episodes(world, None, demonstrations(run) + training)[0], L, device)
     torch.manual_seed(config.seed)
     reflector = Reflector(config.reflector).to(device)
-    fit("reflect", reflector, lambda step, generator: data.frame_batch(config.reflect.batch_size, generator),
+    fit("reflect", reflector, lambda step, generator: both(true.frame_batch(size // 2, generator),
+                                                           imagined.frame_batch(size - size // 2, generator)),
         reflector_loss, config.reflect, folder, config.seed, device,
         lambda step, metrics: run.log("reflect", step, metrics))
+    worlds = {"true": held_out, "imagined": imagine_episodes(world, None, held_out, seed=1)[0]}
+    everything = worlds["true"] + worlds["imagined"]
+    labels = torch.cat([torch.from_numpy(episode.chunks(L).success).float() for episode in everything])
+    calibrate(reflector, torch.cat(frame_logits(reflector, everything, L)).cpu(), labels)
     reflector.save_pretrained(folder)
-    write_json(folder / "held_out.json", reflector_quality(reflector, held_out, config.policy.chunk_size,
-                                                           config.virtual.eta))
+    write_json(folder / "held_out.json", {
+        name: reflector_quality(reflector, episodes, L, config.virtual.eta) |
+        {"outcome": outcome_agreement(frame_scores(reflector, episodes, L), held_out, config.virtual.eta)}
+        for name, episodes in worlds.items()})
+
+
+def both(a, b) -> dict:
+    """Two batches as one."""
+    return {key: torch.cat([a[key], b[key]]) if torch.is_tensor(a[key]) else a[key] + b[key] for key in a}
 
 
 def load_world(run, device):
@@ -257,6 +279,8 @@ def load_world(run, device):
 # ---------------------------------------------------------------------------------------------------------------------
 def imagine(config, run, folder, device):
     """RLOO + PPO (Algorithm 1) from the cloned policy, in the virtual environment or, as a baseline, in the true one."""
+    if config.rl_env == "virtual" and not config.trust_world:
+        check_trust(read_json(run.path("simulate") / "held_out.json"), read_json(run.path("reflect") / "held_out.json"))
     policy = Policy.from_pretrained(run.path("clone")).to(device)
     optimizer = make_optimizer(policy, config.ppo)
     first = load_resume(folder, policy, optimizer)

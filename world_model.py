@@ -10,14 +10,15 @@ correction; the pictures come from a diffusion model that is given the geometry 
     base, last wrist frame ----|   pixel      U-Net
     memory: agent view, -------+-> unshuffle -> (diffusers) -- c_out --> + --> residual --> + --> next frame
         wrist warped           |                 ^                       |                  |
-    action maps, old and new --+                 |              noisy residual * c_skip   base
+    action maps of both views -+                 |              noisy residual * c_skip   base
                                   noise level, action chunk, old and new state
 
 Departures from the paper:
 1. Diffusion of pixels, of a residual, in 1 to 3 Euler steps; the paper's latents take 27 DDIM steps.
 2. It imagines both views at once. Known camera poses replace the VGGT features and ray maps; no CLIP.
-3. Memory (frames at 0, 1/3, 2/3 of the history and the last) is noised in training, save the first one.
-4. The action map shows the true next pose in training and the predicted one in imagination.
+3. Memory (frames at 0, 1/3, 2/3 of the history and the last) is noised in training, save the first one;
+   and the newest frames in it are the model's own imagination.
+4. The action maps show the true next pose in training and the predicted one in imagination.
 
 Shape letters: B trajectories (b alive), F memory frames, V camera views (0 agent view, 1 wrist), L length of
 an action chunk, C, H, W image, D width of the embedding.
@@ -62,6 +63,7 @@ class WorldModelConfig:
     rho: float = 7.0  # bend of the sampler's schedule (EDM equation 5)
     sampling_steps: int = 1  # Euler steps a frame; on held-out frames 1 beat 2 by 0.2 dB and 3 by more
     memory_noise: float = 0.1  # training adds noise of up to this standard deviation to the memory
+    imagined_memory: int = 3  # training lets the model itself imagine up to this many of the newest memory frames
     state_width: int = 256  # width of the MLP that corrects the kinematics
 
 
@@ -148,16 +150,16 @@ class WorldModel(nn.Module):
     def __init__(self, config: WorldModelConfig, cameras: Cameras, normalizer: Normalizer):
         super().__init__()
         self.config, self.cameras, self.normalizer = config, cameras, normalizer
-        D, deepest = 4 * config.channels[0], "AttnDownBlock2D" if config.attention else "DownBlock2D"
-        blocks = ["DownBlock2D"] * (len(config.channels) - 1) + [deepest]
-        both_views, context = 3 + 3, (3 + 4) * MEMORY + 3 + 3 + 3 + 3  # channels; context: see `condition`
+        D, blocks = 4 * config.channels[0], ["DownBlock2D"] * len(config.channels)
+        blocks[-1] = "AttnDownBlock2D" if config.attention else "DownBlock2D"
+        both_views, context = 3 + 3, (3 + 4) * MEMORY + 3 + 3 + 4 * 3  # channels; context: see `condition`
         self.unet = UNet2DModel(
             in_channels=(both_views + context) * config.patch**2, out_channels=both_views * config.patch**2,
             block_out_channels=config.channels, layers_per_block=config.layers, norm_num_groups=8,
             attention_head_dim=32, add_attention=config.attention, class_embed_type="identity",
             down_block_types=blocks, up_block_types=[name.replace("Down", "Up") for name in reversed(blocks)])
-        self.embed = nn.Sequential(nn.Linear(7 * config.chunk_size + 2 * STATE_FEATURES, D), nn.SiLU(),
-                                   nn.Linear(D, D))
+        inputs = 7 * config.chunk_size + 2 * STATE_FEATURES
+        self.embed = nn.Sequential(nn.Linear(inputs, D), nn.SiLU(), nn.Linear(D, D))
         self.state_predictor = StatePredictor(config.chunk_size, config.state_width)
         std = torch.tensor(config.residual_std).repeat_interleave(3).view(1, 6, 1, 1)
         self.register_buffer("residual_std", std, persistent=False)  # (1, V*3, 1, 1)
@@ -191,7 +193,9 @@ class WorldModel(nn.Module):
         warped = warped[:, :3].view(B, n, C, H, W) * seen
         agent, wrist = memory[:, -1, 0], memory[:, -1, 1]  # (B, 3, H, W)
         base = torch.cat([agent, warped[:, -1] + (1 - seen[:, -1]) * wrist], dim=1)  # (B, V*3, H, W)
-        maps = [action_map(self.cameras.agentview, state, H) for state in (memory_states[:, -1], next_state)]
+        poses = memory_states[:, -1], next_state
+        maps = [action_map(self.cameras.agentview, state, H) for state in poses]
+        maps += [action_map(self.cameras.wrist, state, H, hand=next_state) for state in poses]
         by_frame = [memory[:, :, 0].flatten(1, 2), warped.flatten(1, 2), seen.flatten(1, 2)]
         return base, torch.cat([*by_frame, wrist, base[:, 3:], *maps], dim=1)
 
@@ -258,34 +262,63 @@ def noised(memory: Tensor, most: float, generator: torch.Generator) -> Tensor:
     return torch.cat([memory[:, :1], memory[:, 1:] + noise], dim=1)
 
 
+def imagined_history(model: WorldModel, batch: dict, generator: torch.Generator) -> Tensor:
+    """The batch's frames (B, T+1, V, 3, H, W), of which the newest before the target are the model's own.
+
+    How many is drawn for every sample: it learns to go on from its own mistakes ("self forcing", arXiv 2506.08009).
+    """
+    frames, states, time = batch["frames"].clone(), batch["states"], batch["time"]
+    depth = torch.randint(model.config.imagined_memory + 1, time.shape, generator=generator, device=generator.device)
+    depth = torch.minimum(depth.to(time.device), time)
+    for step in range(int(depth.max()), 0, -1):
+        row = (depth >= step).nonzero().flatten()  # (b,)
+        now = time[row] - step
+        memory = row[:, None], memory_index(now.cpu()).to(time.device)  # (b, 1), (b, F)
+        noise = normal((len(row), 6, *frames.shape[-2:]), generator, frames.device)
+        frames[row, now + 1] = model.sample(frames[memory], states[memory], states[row, now + 1],
+                                            batch["actions"][row, now], noise)
+    return frames
+
+
+def state_error(model: WorldModel, batch: dict) -> Tensor:
+    """Predicted minus true change of the state, (N, 8), over all N transitions of the histories."""
+    states, actions = batch["states"], batch["actions"]
+    B, T = actions.shape[:2]
+    previous = torch.cat([torch.zeros_like(actions[:, :1]), actions[:, :-1]], dim=1)
+    played = torch.arange(T, device=actions.device) <= batch["time"][:, None]  # (B, T)
+    state, next_state = states[:, :-1][played], states[:, 1:][played]  # (N, 8)
+    true = torch.cat([next_state[:, :3] - state[:, :3], turn_between(state, next_state),
+                      next_state[:, 6:] - state[:, 6:]], dim=1)
+    return model.predict_change(state, previous[played], actions[played]) - true
+
+
 def world_model_loss(model: WorldModel, batch: dict, generator: torch.Generator) -> tuple[Tensor, dict]:
     """EDM's loss on the residual + the squared error of the state's change in units of its scale.
 
-    batch: memory uint8 (B, F, V, 3, H, W), memory_states (B, F, 8), previous_actions and actions (B, L, 7),
-    state and next_state (B, 8), target uint8 (B, V, 3, H, W).
+    batch: `ChunkData.histories`; the last frame of each is learned, and the state from all transitions.
     """
-    state, next_state, actions = batch["state"], batch["next_state"], batch["actions"]
-    memory = noised(to_float(batch["memory"]), model.config.memory_noise, generator)
-    base, context = model.condition(memory, batch["memory_states"], next_state)
-    clean = (to_float(batch["target"]).flatten(1, 2) - base) / model.residual_std  # (B, V*3, H, W)
+    row, time = torch.arange(len(batch["time"]), device=batch["time"].device), batch["time"]
+    memory_at = row[:, None], memory_index(time.cpu()).to(time.device)  # (B, 1), (B, F)
+    frames, states = imagined_history(model, batch, generator), batch["states"]
+    memory = noised(to_float(frames[memory_at]), model.config.memory_noise, generator)
+    base, context = model.condition(memory, states[memory_at], states[row, time + 1])
+    clean = (to_float(frames[row, time + 1]).flatten(1, 2) - base) / model.residual_std  # (B, V*3, H, W)
     sigma = draw_sigmas(model.config, len(clean), generator, clean.device)
     noisy = clean + sigma.view(-1, 1, 1, 1) * normal(clean.shape, generator, clean.device)
-    denoised = model.denoise(noisy, sigma, context, model.embedding(state, next_state, actions))
+    embedding = model.embedding(states[row, time], states[row, time + 1], batch["actions"][row, time])
+    denoised = model.denoise(noisy, sigma, context, embedding)
     error = (denoised - clean).square()  # (B, V*3, H, W)
     weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2  # 1 / c_out^2: all levels count alike
     denoising = weight * error.mean(dim=(1, 2, 3))  # (B,)
 
-    change = model.predict_change(state, batch["previous_actions"], actions)
-    true_change = torch.cat([next_state[:, :3] - state[:, :3], turn_between(state, next_state),
-                             next_state[:, 6:] - state[:, 6:]], dim=1)  # (B, 8)
-    state_loss = ((change - true_change) / model.state_predictor.scale).square().mean()
+    wrong = state_error(model, batch)
+    state_loss = (wrong / model.state_predictor.scale).square().mean()
     loss = denoising.mean() + state_loss
 
     with torch.no_grad():
         levels = zip(("low", "middle", "high"), denoising[sigma.argsort()].tensor_split(3))
         pixel_mse = (error * model.residual_std**2).mean(dim=(0, 2, 3)) / 4  # (V*3,), pictures in [0, 1]
-        metrics = {"loss": loss, "state_loss": state_loss,
-                   "state_mm": (change - true_change)[:, :3].norm(dim=1).mean() * 1000,
+        metrics = {"loss": loss, "state_loss": state_loss, "state_mm": wrong[:, :3].norm(dim=1).mean() * 1000,
                    "pixel_mse_agentview": pixel_mse[:3].mean(), "pixel_mse_wrist": pixel_mse[3:].mean()}
         metrics |= {f"loss_{name}_noise": part.mean() for name, part in levels}
     return loss, {name: value.item() for name, value in metrics.items()}

@@ -26,15 +26,14 @@ def test_chunks_pair_frames_with_the_actions_between_them(stride, offset):
         assert chunk[-1, 0] == offset + 8 * t + 7
 
 
-def test_a_world_batch_holds_consecutive_frames_and_their_memory():
+def test_a_world_batch_holds_histories_up_to_the_target_padded_with_zeros():
     data = ChunkData([make_episode(stride=8)], 8, "cpu")
-    batch = data.transitions([(0, 4), (0, 0)])
-    start = batch["memory"][:, -1, 0, 0, 0, 0].float()
-    assert torch.equal(batch["target"][:, 0, 0, 0, 0].float(), start + 8)
-    assert torch.equal(batch["state"][:, 0], start) and torch.equal(batch["next_state"][:, 0], start + 8)
-    assert batch["memory"][0, :, 0, 0, 0, 0].tolist() == [0, 8, 16, 32]  # chunks 0, 4/3, 8/3 and 4
-    assert torch.equal(batch["memory_states"][:, :, 0], batch["memory"][:, :, 0, 0, 0, 0].float())
-    assert batch["previous_actions"][0, 0, 0] == 24 and batch["previous_actions"][1].abs().sum() == 0
+    batch = data.histories([(0, 4), (0, 0)])
+    assert batch["time"].tolist() == [4, 0]
+    assert batch["frames"][:, :, 0, 0, 0, 0].tolist() == [[0, 8, 16, 24, 32, 40], [0, 8, 0, 0, 0, 0]]
+    assert batch["states"][:, :, 0].tolist() == [[0, 8, 16, 24, 32, 40], [0, 8, 0, 0, 0, 0]]
+    assert batch["actions"][:, :, 0, 0].tolist() == [[0, 8, 16, 24, 32], [0, 0, 0, 0, 0]]
+    assert batch["actions"][0, 4, 7, 0] == 39
 
 
 def test_demonstrations_are_cut_at_every_offset_and_exploration_once():

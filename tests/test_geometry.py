@@ -127,6 +127,21 @@ def test_action_map_is_at_the_gripper_and_shows_opening_and_axes():
     assert (drawn == 0).all(1).float().mean() > 0.8 and drawn.min() == 0 and drawn.max() <= 1
 
 
+def test_the_wrist_map_rides_on_the_hand_and_shows_where_it_came_from():
+    H, state = 64, states(3, tilt=0.5)
+    moved = state.clone()
+    moved[:, 1] += 0.03
+    still = action_map(WRIST, state, H, hand=state)
+    assert torch.allclose(still, action_map(WRIST, moved, H, hand=moved), atol=0.02) and still.amin(1).amax() > 0.3
+    came_from = action_map(WRIST, state, H, hand=moved)
+    where, _ = project(state[:, None, :3], WRIST, camera_pose(WRIST, moved, on_hand=True))
+    grey = came_from.amin(1) > 0.3  # the disc, (B, H, W)
+    for b in range(3):
+        place = grey[b].nonzero().float().mean(0).flip(0) + 0.5
+        assert (place - (where[b, 0] + 1) / 2 * H).abs().max() < 1.5
+    assert (grey != (still.amin(1) > 0.3)).flatten(1).any(1).all()
+
+
 def test_cameras_survive_json():
     cameras = Cameras(AGENTVIEW, WRIST, 0.01)
     assert Cameras.from_dict(json.loads(json.dumps(cameras.to_dict()))) == cameras

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from report import (contact_sheet, film_strip, learning_curves, mcnemar_exact, paired_difference,
+from report import (fidelity_plots, fidelity_report, contact_sheet, film_strip, learning_curves, mcnemar_exact, paired_difference,
                     results_table, wilson_interval)
 
 
@@ -84,7 +84,8 @@ RESULTS = {
     "stages": {"demonstrate": 400.3, "clone": 3725, "evaluate": 33},
     "world_model": {"psnr_wrist_5_predicted": 24.12, "psnr_wrist_5_still": 20.0,
                     "psnr_wrist_5_shuffled": 17.0, "state_mm_1": 4.2, "episodes": 30},
-    "reflector": {"auroc": 0.971, "stop_delay": None},
+    "reflector": {world: {"auroc": value, "stop_delay": None, "outcome": {"false_success": {"rate": 0.25}}}
+                  for world, value in (("true", 0.971), ("imagined", 0.9))},
     "videos": "runs/libero_object/videos",
 }
 
@@ -102,14 +103,14 @@ def test_the_table_puts_both_worlds_and_both_stops_side_by_side():
     for cell in ("+8 points** (-3 to +19), p = 0.29", "+8 points** (-4 to +20), p = 0.34"):
         assert cell in difference
     for row in ("| PSNR (dB), wrist, after 5 chunks | 24.1 | 20 | 17 |",
-                "| gripper position error (mm), after 1 chunk | 4.2 |  |  |", "| episodes | 30 |  |  |",
-                "| auroc | 0.971 | success against", "| stop delay | – |", "runs/libero_object/videos",
+                "| gripper position error (mm), after 1 chunk | 4.2 |  |  |", "| false success | 25% | 25% |",
+                "| auroc | 0.971 | 0.9 | success against", "| stop delay | – | – |", "runs/libero_object/videos",
                 "| clone | 1 h 2 min |",
                 "| demonstrate | 6 min 40 s |", "| evaluate | 33 s |"):
         assert row in text
     assert "**1 h 9 min**" in text
     tables = [line for line in lines if line.startswith("|")]
-    assert {line.count("|") for line in tables} == {5, 4, 3}
+    assert {line.count("|") for line in tables} == {5, 3}
 
 
 def test_the_table_of_one_policy_alone_leaves_the_rest_out():
@@ -117,6 +118,28 @@ def test_the_table_of_one_policy_alone_leaves_the_rest_out():
                           "policies": {"cloned": {"oracle_stop": rate(1, 2)}}})
     assert "| cloned | 1/2 = **50%** (9% to 91%) | – | – |" in text
     assert "post-trained" not in text and "| difference" not in text and "## Time" not in text
+
+
+MEASURED = {
+    "episodes": 100, "failures": 48, "reflector": RESULTS["reflector"],
+    "outcome": {world: {"false_success": {"count": 2, "of": 48, "rate": 2 / 48, "ci95": [0.01, 0.14]}}
+                for world in ("imagined", "true")},
+    "stability": {"not_unanimous": 0.03}, "violations": {"violating_steps": 0.125}, "following": {"gripper_px_5_true": 0.5},
+    "horizon": {f"{unit}_wrist_{h}_{kind}": 20.0 - h for unit in ("psnr", "ssim", "feature") for h in (1, 5)
+                for kind in ("predicted", "still", "shuffled", "nearest")},
+}
+
+
+def test_the_fidelity_report_says_how_far_the_imagination_can_be_believed(tmp_path):
+    text = fidelity_report(MEASURED)
+    for row in ("100 test episodes, 48 of them failures", "| false success on imagined frames | 2/48 = 4% (1% to 14%) |",
+                "| not unanimous | 0.03 |", "| violating steps | 0.125 |", "| gripper px 5 true | 0.5 |",
+                "| SSIM, wrist, after 5 chunks | 15 | 15 | 15 | 15 |"):
+        assert row in text, row
+    fidelity_plots(tmp_path / "a.png", MEASURED)
+    drawn = np.asarray(Image.open(tmp_path / "a.png").convert("RGB")).astype(int)
+    colour = np.ptp(drawn, axis=2) > 60
+    assert drawn.shape == (770, 1540, 3) and colour[385:, :1100].any() and not colour[385:, 1160:].any()
 
 
 LONG = "pick up the black bowl in the top drawer of the wooden cabinet and place it on the plate"
@@ -173,10 +196,10 @@ def test_contact_sheet_takes_a_short_rollout_and_missing_scores(tmp_path):
 
 def test_learning_curves_draw_what_was_logged_and_survive_a_torn_log(tmp_path):
     learning_curves(tmp_path / "empty.png", tmp_path / "missing.jsonl")
-    lines = [json.dumps({"stage": "clone", "step": step, "loss": 1 / step}) for step in range(1, 50)]
+    lines = [json.dumps({"stage": "clone", "step": step, "l1": 1 / step}) for step in range(1, 50)]
     (tmp_path / "log.jsonl").write_text("\n".join(lines) + '\n{"stage": "clone", "st')
     learning_curves(tmp_path / "clone.png", tmp_path / "log.jsonl")
-    (tmp_path / "again.jsonl").write_text('{"stage": "clone", "step": 7, "loss": 99}\n' + "\n".join(lines))
+    (tmp_path / "again.jsonl").write_text('{"stage": "clone", "step": 7, "l1": 99}\n' + "\n".join(lines))
     learning_curves(tmp_path / "again.png", tmp_path / "again.jsonl")
     empty, clone, again = [np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")).astype(int)
                            for name in ("empty", "clone", "again")]

@@ -123,6 +123,35 @@ def test_evaluate_is_a_command_of_its_own_that_goes_on_where_it_was(finished):
     assert run(*command).returncode == 0 and (folder / "post_trained" / "episodes.jsonl").read_text() == lines
 
 
+def test_world_measures_the_imagination_on_episodes_of_its_own_and_goes_on_where_it_was(finished):
+    command = ["evaluate.py", "--world", finished[0], "--task_ids", 0, "--episodes", 2, "--device", "cpu"]
+    process = run(*command)
+    assert process.returncode == 0, process.stderr
+    folder = finished[0] / "world_2"
+    measured = json.loads((folder / "fidelity.json").read_text())
+    assert measured["episodes"] == 2 and measured["outcome"]["imagined"]["agreement"]["of"] == 2
+    seeds = {json.loads(line)["seed"] for line in (finished[0] / "explore" / "episodes.jsonl").read_text().splitlines()}
+    lines = (folder / "episodes.jsonl").read_text()
+    assert not seeds & {json.loads(line)["seed"] for line in lines.splitlines()}, "tested on what it was trained on"
+    for name in ("fidelity", "best", "median", "worst"):
+        assert (folder / f"{name}.png").stat().st_size > 5_000
+    assert run(*command).returncode == 0 and (folder / "episodes.jsonl").read_text() == lines
+
+
+def test_the_benchmark_compares_both_worlds_on_this_machine(finished):
+    process = run("evaluate.py", "--checkpoint", finished[0], "--benchmark", "--device", "cpu")
+    assert process.returncode == 0, process.stderr
+    speed = {name: float(value) for name, value in (line.split() for line in process.stdout.strip().split("\n")[-5:])}
+    assert all(value > 0 for value in speed.values())
+    assert speed["imagined_over_true"] == pytest.approx(speed["imagined_steps_per_s"] / speed["true_steps_per_s"], rel=0.05)
+
+
+def test_rl_is_refused_in_a_world_that_was_hardly_trained(finished, tmp_path):
+    folder = copy_of(finished, tmp_path, ["imagine", "evaluate"])
+    process = run("train.py", *TINY, "--no-trust_world", "--stages", "imagine", "--output_dir", folder)
+    refused(process, "cannot be trusted")
+
+
 def test_the_virtual_environment_never_calls_the_true_simulator():
     code = "import sys, world_model, ppo, reflector, policy, episodes; assert not {'mujoco', 'robosuite', 'libero'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

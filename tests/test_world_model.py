@@ -15,7 +15,7 @@ from episodes import Normalizer, StartContext
 from geometry import Camera, Cameras, turn_between
 from runs import UserError
 from world_model import (VirtualEnv, VirtualEnvConfig, WorldModel, WorldModelConfig, draw_sigmas, euler,
-                         noise_levels, normal, preconditioning, world_model_loss)
+                         imagined_history, noise_levels, normal, preconditioning, world_model_loss)
 
 torch.set_num_threads(1)
 AGENTVIEW = Camera(45.0, [0.9, 0.0, 0.65], [[0.0, -0.6, 0.8], [1.0, 0.0, 0.0], [0.0, 0.8, 0.6]])
@@ -136,9 +136,8 @@ def toy_batch(B, seed=0, size=16):
     state, moved = START.repeat(B, 1), torch.zeros(B, 8)
     moved[:, 0] = 0.05 * shift / 4
     frame = draw(place)
-    return {"memory": frame[:, None].expand(B, 4, 2, 3, size, size), "target": draw(place + shift),
-            "memory_states": state[:, None].expand(B, 4, 8), "state": state, "next_state": state + moved,
-            "previous_actions": torch.zeros(B, 4, 7), "actions": actions}
+    return {"frames": torch.stack([frame, draw(place + shift)], dim=1), "actions": actions[:, None],
+            "states": torch.stack([state, state + moved], dim=1), "time": torch.zeros(B, dtype=torch.long)}
 
 
 def test_overfits_one_batch_and_then_a_shuffled_action_makes_it_worse():
@@ -155,11 +154,12 @@ def test_overfits_one_batch_and_then_a_shuffled_action_makes_it_worse():
 
     def mse(order):
         noise = normal((8, 6, 16, 16), torch.Generator().manual_seed(0), torch.device("cpu"))
-        images = model.sample(batch["memory"], batch["memory_states"], batch["next_state"][order],
-                              batch["actions"][order], noise)
-        return ((images.float() - batch["target"].float()) / 255).square().mean()
+        memory, states = (batch[key][:, :1].repeat_interleave(4, dim=1) for key in ("frames", "states"))
+        images = model.sample(memory, states, batch["states"][order, 1], batch["actions"][order, 0], noise)
+        return ((images.float() - frames[:, 1]) / 255).square().mean()
 
-    unchanged = ((batch["memory"][:, -1].float() - batch["target"].float()) / 255).square().mean()
+    frames = batch["frames"].float()
+    unchanged = ((frames[:, 0] - frames[:, 1]) / 255).square().mean()
     straight, shuffled = mse(torch.arange(8)), mse(torch.arange(8).roll(1))
     assert straight < 0.2 * unchanged and shuffled > 3 * straight
     assert metrics["state_mm"] < 5 and all(math.isfinite(value) for value in metrics.values())
@@ -172,6 +172,19 @@ def test_the_loss_depends_on_its_generator_alone():
     again, _ = world_model_loss(model, batch, torch.Generator().manual_seed(3))
     other, _ = world_model_loss(model, batch, torch.Generator().manual_seed(4))
     assert first == again and first != other
+
+
+def test_training_imagines_the_newest_memory_and_neither_the_first_frame_nor_the_target():
+    model = make_model(replace(TINY, imagined_memory=3))
+    generator = torch.Generator().manual_seed(0)
+    batch = {"frames": torch.randint(0, 256, (64, 7, 2, 3, 16, 16), dtype=torch.uint8, generator=generator),
+             "states": START.repeat(64, 7, 1), "actions": torch.rand(64, 6, 4, 7, generator=generator),
+             "time": torch.tensor([5, 1] * 32)}
+    changed = (imagined_history(model, batch, generator) != batch["frames"]).flatten(2).any(2)  # (B, T+1)
+    assert not changed[:, 0].any() and not changed[:, 6].any() and not changed[1::2, 2:].any()
+    depth = changed.sum(1)
+    assert set(depth[::2].tolist()) == {0, 1, 2, 3} and set(depth[1::2].tolist()) == {0, 1}
+    assert all(changed[b, 6 - depth[b]:6].all() for b in range(0, 64, 2)), "the newest ones, without a gap"
 
 
 # ---- the environment

@@ -1,0 +1,357 @@
+"""How far can the imagination be believed? The virtual environment as a measuring instrument.
+
+Episodes that nothing was trained on are imagined open loop: the first frame and the recorded actions go in, and what
+comes out is laid beside what truly happened. Two things can be wrong, and they are told apart: the world simulator
+(its pictures), and the reflector (its verdict, on true frames as well).
+
+    error by horizon     PSNR, SSIM and a feature distance after 1 to 20 chunks, beside three rivals: the last frame
+                         stays; the same simulator with another episode's actions; the nearest training episode
+    outcome              does the verdict on the imagined episode equal what truly happened? false and missed successes
+    action following     a small probe, trained on true frames, reads the gripper's place off the imagined ones
+    physical violations  blocks of the agent view that change in imagination where nothing moved in truth
+    stability            the same actions under 8 noises: how often is the verdict not unanimous?
+
+    python evaluate.py --world runs/libero_object
+
+Shapes: N starts, E episodes, T time in chunks, V camera views, C, H, W image, L action-chunk length.
+"""
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import report
+from episodes import ChunkData, Episode
+from geometry import camera_pose, project, turn_between
+from reflector import Reflector, reflector_metrics
+from runs import UserError
+from world_model import VirtualEnv, VirtualEnvConfig, WorldModel
+
+VIEWS = ("agentview", "wrist")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Imagining what was recorded
+# ---------------------------------------------------------------------------------------------------------------------
+def open_loop(world: WorldModel, reflector: Reflector | None, data: ChunkData, picks, horizon, actions_of=None, seed=0,
+              batch=32):
+    """Imagine at most `horizon` chunks from frame t of track k on, with the recorded actions, for every (k, t).
+
+    actions_of: (k, t) pairs whose actions are played instead. Yields, in order, frames (T+1, V, 3, H, W) uint8, states
+    (T+1, 8) and the reflector's scores (T,), NaN without a reflector.
+    """
+    for first in range(0, len(picks), batch):
+        here = picks[first:first + batch]
+        given = (actions_of or picks)[first:first + batch]
+        chunks = [data.tracks[k].actions[t:t + horizon] for k, t in given]
+        length = torch.tensor([min(len(rows), len(data.tracks[k].actions) - t) for rows, (k, t) in zip(chunks, here)])
+        T = int(length.max())
+        actions = np.zeros((len(here), T, *chunks[0].shape[1:]), np.float32)
+        for row, rows in zip(actions, chunks):
+            row[:len(rows)] = rows[:T]
+        config = VirtualEnvConfig(horizon=T, eta=2.0, shared_noise=False, seed=seed + first)  # no score stops it
+        env = VirtualEnv(world, reflector, config, len(here))
+        env.reset(data.starts(here))
+        scores = []
+        for t in range(T):
+            env.alive = length.to(env.device) > t
+            scores.append(env.step(torch.from_numpy(actions[:, t]))[4]["score"])
+        scores = torch.stack(scores, dim=1).cpu().numpy()  # (b, T)
+        for row, T_row in enumerate(length.tolist()):
+            yield (env.frames[row, :T_row + 1].cpu().numpy(), env.states[row, :T_row + 1].cpu().numpy(),
+                   scores[row, :T_row])
+
+
+def imagine_episodes(world, reflector, episodes, seed=0) -> tuple[list[Episode], list[np.ndarray]]:
+    """Each episode imagined from its first frame, with its TRUE success labels; and the scores (T,) of its frames."""
+    chunk_size = world.config.chunk_size
+    data = ChunkData(episodes, chunk_size, next(world.parameters()).device, every_offset=False)
+    order = sorted(range(len(episodes)), key=lambda k: len(data.tracks[k].actions))  # of one length, batch by batch
+    imagined, scores = [None] * len(episodes), [None] * len(episodes)
+    played = open_loop(world, reflector, data, [(k, 0) for k in order], horizon=10_000, seed=seed)
+    for k, (frames, states, scores[k]) in zip(order, played):
+        track = data.tracks[k]
+        imagined[k] = replace(episodes[k], images=frames, states=states, actions=track.actions.reshape(-1, 7),
+                              success=track.success, stride=chunk_size, source="imagined")
+    return imagined, scores
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1 Error by horizon
+# ---------------------------------------------------------------------------------------------------------------------
+def horizon_errors(world, episodes, horizons=(1, 5), every=2, features=None, library=None, seed=0) -> dict:
+    """Open-loop errors after each number of chunks, from every `every`-th frame of `episodes` on.
+
+    features: frames (N, V, 3, H, W) uint8 -> (N, V, D), for the feature distance (1 - cosine).
+    library: training episodes, for the rival that replays the nearest one (of the same task, by its start frame).
+    -> {"psnr_{view}_{h}_{kind}", "ssim_...", "feature_...": float, "state_mm_{h}", "state_deg_{h}", "starts_{h}"}
+    """
+    data = ChunkData(episodes, world.config.chunk_size, next(world.parameters()).device, every_offset=False)
+    picks = [(k, t) for k, track in enumerate(data.tracks) for t in range(0, len(track.actions), every)]
+    others = picks[len(picks) // 2:] + picks[:len(picks) // 2]
+    rivals = {"predicted": open_loop(world, None, data, picks, max(horizons), seed=seed),
+              "shuffled": open_loop(world, None, data, picks, max(horizons), others, seed=seed),
+              "still": ((data.tracks[k].images[t:t + 1].repeat(max(horizons) + 1, 0), None, None) for k, t in picks)}
+    if library:
+        rivals["nearest"] = nearest_replays(data, picks, ChunkData(library, world.config.chunk_size, "cpu"), horizons)
+    metrics = {}
+    for kind, played in rivals.items():
+        sums = {h: [] for h in horizons}
+        for (k, t), (frames, states, _) in zip(picks, played):
+            for h in (h for h in horizons if h < len(frames) and t + h < len(data.tracks[k].images)):
+                sums[h].append((frames[h], data.tracks[k].images[t + h],
+                                state_difference(states[h], data.tracks[k].states[t + h]) if kind == "predicted" else 0))
+        for h, rows in sums.items():
+            if len(rows) < 2:
+                continue
+            guess, truth, state = zip(*rows)
+            for name, values in picture_errors(np.stack(guess), np.stack(truth), features).items():
+                metrics |= {f"{name}_{view}_{h}_{kind}": round(float(value), 4) for view, value in zip(VIEWS, values)}
+            if kind == "predicted":
+                mm, degrees = np.mean(state, axis=0)
+                metrics |= {f"state_mm_{h}": round(float(mm), 1), f"state_deg_{h}": round(float(degrees), 2),
+                            f"starts_{h}": len(rows)}
+    return metrics | {"episodes": len(episodes)}
+
+
+def picture_errors(guess, truth, features=None) -> dict:
+    """Pictures (N, V, 3, H, W) uint8 -> {"psnr" (of the mean squared error, dB), "ssim", "feature"}: (V,) each."""
+    guess, truth = torch.from_numpy(guess), torch.from_numpy(truth)
+    mse = ((guess.float() - truth.float()) / 255).square().mean(dim=(0, 2, 3, 4))
+    errors = {"psnr": -10 * mse.clamp(min=1e-10).log10(), "ssim": ssim(guess, truth).mean(0)}
+    if features is not None:
+        parts = [1 - F.cosine_similarity(features(a), features(b), dim=-1) for a, b in
+                 zip(guess.split(256), truth.split(256))]
+        errors["feature"] = torch.cat(parts).mean(0).cpu()
+    return errors
+
+
+def ssim(a: Tensor, b: Tensor, window=7) -> Tensor:
+    """Structural similarity (Wang et al. 2004) of uint8 pictures (N, V, 3, H, W) -> (N, V); flat 7x7 windows."""
+    shape, (a, b) = a.shape[:2], (x.flatten(0, 1).float() / 255 for x in (a, b))
+    mean = lambda x: F.avg_pool2d(x, window, stride=1)
+    unbiased = window**2 / (window**2 - 1)
+    mu_a, mu_b = mean(a), mean(b)
+    var_a, var_b = ((mean(x * x) - mu * mu) * unbiased for x, mu in ((a, mu_a), (b, mu_b)))
+    cov = (mean(a * b) - mu_a * mu_b) * unbiased
+    c1, c2 = 0.01**2, 0.03**2
+    value = (2 * mu_a * mu_b + c1) * (2 * cov + c2) / ((mu_a**2 + mu_b**2 + c1) * (var_a + var_b + c2))
+    return value.mean(dim=(1, 2, 3)).view(shape)
+
+
+def nearest_replays(data, picks, library, horizons):
+    """For each start the training episode of its task whose frame looks most alike, played on from there."""
+    small = lambda images: images[:, :, :, ::4, ::4].reshape(len(images), -1).astype(np.float32)
+    index, looks = {}, {}
+    for task in {episode.task_id for episode in library.episodes}:
+        index[task] = [(k, t) for k, t in library.index if library.episodes[k].task_id == task]
+        looks[task] = small(np.stack([library.tracks[k].images[t] for k, t in index[task]]))
+    for k, t in picks:
+        task = data.episodes[k].task_id
+        distance = ((looks[task] - small(data.tracks[k].images[t:t + 1])) ** 2).sum(1)
+        found, at = index[task][int(distance.argmin())]
+        frames = library.tracks[found].images[at:at + max(horizons) + 1]
+        yield np.concatenate([frames, frames[-1:].repeat(max(horizons) + 1 - len(frames), 0)]), None, None
+
+
+def state_difference(guess, truth) -> tuple[float, float]:
+    """Gripper position (mm) and rotation (degrees) between two states (8,)."""
+    a, b = torch.from_numpy(guess)[None].float(), torch.from_numpy(truth)[None].float()
+    return float((a - b)[0, :3].norm()) * 1000, float(torch.rad2deg(turn_between(a, b).norm()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2 The reflector, and the outcome
+# ---------------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def frame_logits(reflector, episodes, chunk_size) -> list[Tensor]:
+    """The reflector's logit of every frame at a chunk boundary, (T+1,) an episode."""
+    device = next(reflector.parameters()).device
+    return [reflector(torch.from_numpy(episode.chunks(chunk_size).images)[None].to(device), [episode.instruction])[0]
+            for episode in episodes]
+
+
+def frame_scores(reflector, episodes, chunk_size) -> list[np.ndarray]:
+    return [reflector.probability(logits).cpu().numpy() for logits in frame_logits(reflector, episodes, chunk_size)]
+
+
+def reflector_quality(reflector, episodes, chunk_size, eta, scores=None) -> dict:
+    """`reflector_metrics` on episodes with true labels, whether their frames are true or imagined."""
+    scores = scores or frame_scores(reflector, episodes, chunk_size)
+    tracks, T = [episode.chunks(chunk_size) for episode in episodes], max(map(len, scores))
+    score, label, valid = np.zeros((len(tracks), T)), np.zeros((len(tracks), T)), np.zeros((len(tracks), T), bool)
+    for row, (track, values) in enumerate(zip(tracks, scores)):
+        score[row, :len(values)], label[row, :len(values)], valid[row, :len(values)] = values, track.success, True
+    return reflector_metrics(score, label, valid, eta)
+
+
+def outcome_agreement(scores, episodes, eta) -> dict:
+    """Verdict (some score > eta) against the truth (the goal held in some frame), with Wilson 95 % intervals.
+
+    scores: one array an episode. false_success: of the true failures, those called successes; missed: the reverse.
+    """
+    verdict = np.array([bool((values > eta).any()) for values in scores])
+    truth = np.array([bool(episode.success.any()) for episode in episodes])
+    counts = {"agreement": (int((verdict == truth).sum()), len(truth)),
+              "false_success": (int((verdict & ~truth).sum()), int((~truth).sum())),
+              "missed_success": (int((~verdict & truth).sum()), int(truth.sum()))}
+    return {name: {"count": part, "of": whole, "rate": part / whole if whole else None,
+                   "ci95": list(report.wilson_interval(part, whole))} for name, (part, whole) in counts.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3 Does the imagined gripper go where the actions say?
+# ---------------------------------------------------------------------------------------------------------------------
+class GripperProbe(nn.Module):
+    """Agent view (N, 3, H, W) uint8 -> the gripper's place (N, 2) in pixels: the centre of mass of a heat map."""
+
+    def __init__(self, channels=32):
+        super().__init__()
+        sizes = [(3, channels, 5, 2), (channels, channels, 3, 1), (channels, channels, 3, 1), (channels, 1, 3, 1)]
+        self.layers = nn.ModuleList(nn.Conv2d(i, o, k, s, padding=k // 2) for i, o, k, s in sizes)
+
+    def forward(self, images):
+        x = images.float() / 127.5 - 1
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+        heat = self.layers[-1](x).flatten(1).softmax(1)  # (N, H/2 * W/2)
+        rows, columns = (torch.arange(n, device=x.device) * 2 + 1.0 for n in x.shape[-2:])
+        grid = torch.cartesian_prod(rows, columns).flip(1)  # (H/2 * W/2, 2): x, y
+        return heat @ grid
+
+
+def gripper_pixels(cameras, states, size) -> Tensor:
+    """States (N, 8) -> the gripper's place (N, 2) in the agent view, in pixels from the upper left corner."""
+    where, _ = project(states[:, None, :3], cameras.agentview, camera_pose(cameras.agentview, states, on_hand=False))
+    return (where[:, 0] + 1) / 2 * size
+
+
+def train_probe(world, episodes, steps=400, size=64, seed=0) -> GripperProbe:
+    data = ChunkData(episodes, world.config.chunk_size, "cpu")
+    generator, H = torch.Generator().manual_seed(seed), world.config.image_size
+    torch.manual_seed(seed)
+    probe = GripperProbe()
+    optimizer = torch.optim.Adam(probe.parameters(), lr=2e-3)
+    for _ in tqdm(range(steps), desc="gripper probe", unit="step", mininterval=1):
+        picks = [data.frames[i] for i in torch.randint(len(data.frames), (size,), generator=generator)]
+        images = torch.from_numpy(np.stack([data.tracks[k].images[t, 0] for k, t in picks]))
+        states = torch.from_numpy(np.stack([data.tracks[k].states[t] for k, t in picks]))
+        loss = F.smooth_l1_loss(probe(images), gripper_pixels(world.cameras, states, H))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return probe.eval()
+
+
+@torch.no_grad()
+def action_following(world, probe, true, imagined, horizons) -> dict:
+    """Mean distance (pixels, agent view) between the probe's gripper and the truth, in true and imagined frames."""
+    H, result = world.config.image_size, {}
+    for h in horizons:
+        pairs = [(a.chunks(world.config.chunk_size), b) for a, b in zip(true, imagined) if len(b.images) > h]
+        if pairs:
+            place = gripper_pixels(world.cameras, torch.from_numpy(np.stack([a.states[h] for a, _ in pairs])), H)
+            for name, frames in (("true", [a.images[h, 0] for a, _ in pairs]),
+                                 ("imagined", [b.images[h, 0] for _, b in pairs])):
+                result[f"gripper_px_{h}_{name}"] = float((probe(torch.from_numpy(np.stack(frames))) - place)
+                                                         .norm(dim=1).mean())
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4 Things that change without a cause, 5 verdicts that the noise decides
+# ---------------------------------------------------------------------------------------------------------------------
+def violations(world, true, imagined, block=4, change=25, reach=12) -> dict:
+    """Share of steps, and of episodes, in which something changes in the agent view where nothing did in truth.
+
+    A block of 4x4 pixels counts where it changes by more than 25 grey levels between two imagined frames, by less than
+    a third of that between the two true ones, and is over 12 pixels from the gripper before and after; a step counts
+    with two such blocks. An object that moves untouched, vanishes or appears is seen; so is an arm that is drawn in the
+    wrong place, far from the hand. What goes wrong within 12 pixels of the gripper, or slowly, is not seen.
+    """
+    H, steps, episodes = world.config.image_size, [], []
+    for a, b in zip(true, imagined):
+        track = a.chunks(world.config.chunk_size)
+        moved = [F.avg_pool2d(torch.from_numpy(np.abs(np.diff(images[:, 0].astype(np.float32), axis=0))), block).mean(1)
+                 for images in (track.images, b.images)]  # (T, H/4, W/4) each
+        place = gripper_pixels(world.cameras, torch.from_numpy(track.states), H)  # (T+1, 2)
+        centre = torch.arange(H // block) * block + block / 2
+        grid = torch.cartesian_prod(centre, centre).flip(1)  # (blocks, 2)
+        away = (torch.cdist(place, grid) > reach).view(-1, H // block, H // block)
+        wrong = (moved[1] > change) & (moved[0] < change / 3) & away[1:] & away[:-1]
+        steps.append(wrong.flatten(1).sum(1) >= 2)
+        episodes.append(bool(steps[-1].any()))
+    return {"violating_steps": float(torch.cat(steps).float().mean()), "violating_episodes": float(np.mean(episodes))}
+
+
+def stability(world, reflector, episodes, eta, noises=8) -> dict:
+    """The same actions under several noises: variance of the verdict, and how often it is not unanimous."""
+    verdicts = np.array([[bool((values > eta).any()) for values in
+                          imagine_episodes(world, reflector, episodes, seed=1000 * (n + 1))[1]]
+                         for n in tqdm(range(noises), desc="stability", unit="noise")])  # (noises, E)
+    return {"verdict_variance": float(verdicts.var(axis=0).mean()),
+            "not_unanimous": float(((verdicts.mean(0) > 0) & (verdicts.mean(0) < 1)).mean())}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# May reinforcement learning start?
+# ---------------------------------------------------------------------------------------------------------------------
+def check_trust(world: dict, reflector: dict, least_auroc=0.8):
+    """UserError where RL would learn in a world that does not follow its actions, or is paid by a blind reflector.
+
+    world: `horizon_errors`; reflector: {"imagined": `reflector_quality`}; both of held-out episodes.
+    """
+    remedy = "more exploration (--explore.episodes) or training helps; --trust_world goes on all the same"
+    for view in VIEWS:
+        predicted, *rivals = (world[f"psnr_{view}_1_{kind}"] for kind in ("predicted", "still", "shuffled"))
+        if predicted <= max(rivals):
+            raise UserError(f"the world simulator cannot be trusted: after one chunk its {view} has {predicted:.1f} dB; a "
+                            f"still picture or other actions have {max(rivals):.1f}: {remedy}")
+    score = reflector["imagined"]["auroc"]
+    if score is None or score < least_auroc:
+        raise UserError(f"the reflector cannot be trusted: its AUROC on imagined frames is {score}, below {least_auroc}: "
+                        f"{remedy}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All of it
+# ---------------------------------------------------------------------------------------------------------------------
+HORIZONS = (1, 2, 5, 10, 15, 20)
+
+
+def measure(world, reflector, policy, test, library, eta, folder) -> dict:
+    """Everything above on the episodes `test`, which nothing was trained on; pictures go to `folder`.
+
+    library: the training episodes, for the nearest-episode rival and the probe. policy: its picture tokens are the
+    feature distance.
+    """
+    chunk_size = world.config.chunk_size
+    imagined, scores = imagine_episodes(world, reflector, test)
+    true_scores = frame_scores(reflector, test, chunk_size)
+    with_start = [np.concatenate([true[:1], values]) for true, values in zip(true_scores, scores)]
+    result = {"episodes": len(test), "failures": sum(not episode.success.any() for episode in test),
+              "outcome": {"imagined": outcome_agreement(scores, test, eta),
+                          "true": outcome_agreement([values[1:] for values in true_scores], test, eta)},
+              "reflector": {"true": reflector_quality(reflector, test, chunk_size, eta, true_scores),
+                            "imagined": reflector_quality(reflector, imagined, chunk_size, eta, with_start)},
+              "violations": violations(world, test, imagined),
+              "following": action_following(world, train_probe(world, library), test, imagined, HORIZONS),
+              "stability": stability(world, reflector, test, eta)}
+
+    @torch.no_grad()
+    def features(frames):
+        return policy.stem(frames.flatten(0, 1).float() / 127.5 - 1).flatten(1).unflatten(0, frames.shape[:2])
+    result["horizon"] = horizon_errors(world, test, HORIZONS, features=features, library=library)
+
+    errors = [np.square(a.chunks(chunk_size).images.astype(np.float32) - b.images).mean() for a, b in zip(test, imagined)]
+    order = np.argsort(errors)
+    for name, k in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
+        frames = [np.moveaxis(images, 2, -1) for images in (test[k].chunks(chunk_size).images, imagined[k].images)]
+        report.contact_sheet(folder / f"{name}.png", *frames, true_scores[k], with_start[k],
+                             f"{name}: {test[k].instruction}", bool(test[k].success.any()), eta)
+    return result
