@@ -29,7 +29,7 @@ import tyro
 from tqdm import tqdm
 
 import report
-from episodes import ChunkData, load_episodes
+from episodes import ChunkData, Episode, load_episodes
 from fidelity import frame_scores, imagine_episodes, measure
 from libero_env import LiberoContext, LiberoVectorEnv, initial_states, load_suite, step_limit
 from policy import Policy

@@ -54,8 +54,9 @@ def test_a_reflector_batch_draws_all_frames_evenly_and_labels_the_last_of_three(
     assert batch["valid"].sum() == 600 and batch["valid"][:, 2].all()
 
 
-def test_a_chunk_that_runs_over_the_end_is_marked_invalid():
-    episode = make_episode(steps=10)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_chunk_that_runs_over_the_end_is_marked_invalid(stride):
+    episode = make_episode(steps=10, stride=stride)
     normalizer = Normalizer.fit([episode])
     data = CloneData([episode], normalizer, 8, "cpu")
     batch = data.batch(64, torch.Generator().manual_seed(0))

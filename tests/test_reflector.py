@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from reflector import Reflector, ReflectorConfig, augment, reflector_loss, reflector_metrics
+from reflector import Reflector, ReflectorConfig, augment, calibrate, reflector_loss, reflector_metrics
 from runs import UserError
 
 MILK, SOUP = "pick up the milk and place it in the basket", "pick up the soup and place it in the basket"
@@ -147,6 +147,20 @@ def test_auroc_counts_ties_half_and_brier_and_ece_are_by_hand():
     scores, labels = rng.integers(0, 5, (4, 9)) / 5, rng.integers(0, 2, (4, 9))
     pairs = [(p > n) + 0.5 * (p == n) for p in scores[labels == 1] for n in scores[labels == 0]]
     assert reflector_metrics(scores, labels, np.ones((4, 9)), 0.5)["auroc"] == pytest.approx(np.mean(pairs))
+
+
+def test_calibration_finds_the_slope_and_shift_that_the_labels_have():
+    generator, model = torch.Generator().manual_seed(0), tiny()
+    logits = 8 * torch.rand(20_000, generator=generator) - 4
+    labels = (torch.rand(20_000, generator=generator) < torch.sigmoid(0.5 * logits + 1)).float()
+    calibrate(model, logits, labels)
+    assert torch.allclose(model.platt, torch.tensor([0.5, 1.0]), atol=0.05)
+    batch = clips(count=2)
+    frames, texts = batch["frames"], batch["instruction"]
+    score = model.score(frames[:, 0], frames[:, 0], frames[:, 1], texts)
+    torch.testing.assert_close(score, torch.sigmoid(model.platt[0] * model(frames[:, :2], texts)[:, 1] + model.platt[1]))
+    calibrate(model, torch.tensor([-3.0, 3.0]), torch.tensor([0.0, 1.0]))
+    assert model.platt[0] < 30, "labels that are told apart perfectly must not make it blindly sure"
 
 
 def test_save_and_load_are_bit_equal_and_a_foreign_folder_is_refused(tmp_path):
