@@ -3,7 +3,8 @@
 The paper clones from five human demonstrations a task. Those files are read where the user has them; if not,
 the expert below makes files of the same layout (a departure: scripted, not human). It knows the true poses of
 all objects and is otherwise a memoryless policy: no clock, no phase, the simulator's state alone decides, so
-that a memoryless clone can imitate it. The arm is pushed now and then; the files hold what the expert wanted.
+that a memoryless clone can imitate it. The arm is pushed now and then; `actions` in the files hold what the expert
+wanted (the policy learns that), `executed_actions` what the arm was told (the world simulator learns that).
 
 Two things to know about LIBERO's files:
 1. Row t holds action t and the observation AFTER it (create_dataset.py; LIBERO issue 54), but `states` holds
@@ -186,7 +187,8 @@ def expert_episode(task, seed, disturb=True, render=True) -> dict | None:
 
 def step_row(task, action, executed, render) -> dict:
     """Execute an action; one row of a LIBERO file: the simulator before it, and what is seen after it."""
-    row = {"states": task.env.get_sim_state(), "actions": action.astype(np.float64)}
+    executed = executed.clip(-1, 1)  # as the controller does
+    row = {"states": task.env.get_sim_state(), "actions": action.astype(np.float64), "executed_actions": executed}
     row |= {"rewards": np.uint8(task.step(executed)), "dones": np.uint8(0)}
     state, joints = task.state(), np.array(task.env.robots[0]._joint_positions)
     row |= {"obs/ee_states": state[:6], "obs/ee_pos": state[:3], "obs/ee_ori": state[3:6],
@@ -252,12 +254,13 @@ def read_demonstration(demo, task_id, instruction, image_size) -> Episode:
     """One group of a file as an Episode: frames upright and smaller, steps that command nothing dropped."""
     obs, T = demo["obs"], len(demo["actions"])
     actions = demo["actions"][1:].astype(np.float32)  # (T-1, 7); action 0 led to the first frame
+    executed = demo.get("executed_actions", demo["actions"])[1:].astype(np.float32)
     views = [obs[name][()] for name in ("agentview_rgb", "eye_in_hand_rgb")]
     views = np.stack(views, axis=1)  # (T, V, H, W, 3)
     states = [obs[name][()] for name in ("ee_pos", "ee_ori", "gripper_states")]
     states = np.concatenate(states, axis=1).astype(np.float32)  # (T, 8)
     success = demo["rewards"][()].astype(bool)  # (T,)
-    if (T < 2 or actions.shape != (T - 1, 7) or states.shape != (T, 8) or success.shape != (T,)
+    if (T < 2 or actions.shape != (T - 1, 7) or executed.shape != actions.shape or states.shape != (T, 8) or success.shape != (T,)
             or views.shape != (T, 2, *views.shape[3:4] * 2, 3) or views.dtype != np.uint8):
         raise ValueError(f"{demo.name}: actions {demo['actions'].shape}, states {states.shape}, rewards "
                          f"{success.shape}, pictures {views.shape} {views.dtype}")
@@ -271,7 +274,8 @@ def read_demonstration(demo, task_id, instruction, image_size) -> Episode:
     frames = [*kept, T - 1]
     return Episode(images=shrink(views[frames, :, ::-1], image_size), states=states[frames],
                    actions=actions[kept], success=success[frames], stride=1, task_id=task_id,
-                   instruction=instruction, source="demo", seed=int(demo.attrs.get("seed", -1)))
+                   instruction=instruction, source="demo", seed=int(demo.attrs.get("seed", -1)),
+                   executed=executed[kept])
 
 
 def main():

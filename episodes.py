@@ -76,7 +76,7 @@ class Chunked:
     """An episode seen at chunk boundaries."""
     images: np.ndarray  # (T+1, V, 3, H, W) uint8
     states: np.ndarray  # (T+1, 8)
-    actions: np.ndarray  # (T, L, 7)
+    actions: np.ndarray  # (T, L, 7) executed
     success: np.ndarray  # (T+1,) bool: the task is done in this frame
 
 
@@ -85,13 +85,17 @@ class Episode:
     """One trajectory. Frame i was drawn after `stride * i` control steps."""
     images: np.ndarray  # (N+1, V, 3, H, W) uint8, upright
     states: np.ndarray  # (N+1, 8) float32: position m, axis-angle rad, two finger joints m
-    actions: np.ndarray  # (S, 7) float32, environment units
+    actions: np.ndarray  # (S, 7) float32, environment units: what the policy or the expert wanted
     success: np.ndarray  # (N+1,) bool: the task is done in this frame
     stride: int  # control steps between stored frames: 1 in demonstrations, a chunk in exploration
     task_id: int
     instruction: str
     source: str  # "demo" or "explore"
     seed: int
+    executed: np.ndarray | None = None  # (S, 7) what the robot was told where that differs, as under an expert's pushes
+
+    def __post_init__(self):
+        self.executed = self.actions if self.executed is None else self.executed
 
     def chunks(self, chunk_size, offset=0) -> Chunked:
         """The episode from control step `offset` on, cut into whole chunks."""
@@ -100,7 +104,7 @@ class Episode:
         count = min((len(self.actions) - offset) // chunk_size, (len(self.images) - 1 - offset // self.stride)
                     * self.stride // chunk_size)
         frames = offset // self.stride + np.arange(count + 1) * (chunk_size // self.stride)
-        actions = self.actions[offset:offset + count * chunk_size].reshape(count, chunk_size, -1)
+        actions = self.executed[offset:offset + count * chunk_size].reshape(count, chunk_size, -1)
         return Chunked(self.images[frames], self.states[frames], actions, self.success[frames])
 
     def save(self, path):

@@ -76,7 +76,8 @@ def imagine_episodes(world, reflector, episodes, seed=0) -> tuple[list[Episode],
     played = open_loop(world, reflector, data, [(k, 0) for k in order], horizon=10_000, seed=seed)
     for k, (frames, states, scores[k]) in zip(order, played):
         track = data.tracks[k]
-        imagined[k] = replace(episodes[k], images=frames, states=states, actions=track.actions.reshape(-1, 7),
+        actions = track.actions.reshape(-1, 7)
+        imagined[k] = replace(episodes[k], images=frames, states=states, actions=actions, executed=actions,
                               success=track.success, stride=chunk_size, source="imagined")
     return imagined, scores
 

@@ -16,8 +16,7 @@ correction; the pictures come from a diffusion model that is given the geometry 
 Departures from the paper:
 1. Diffusion of pixels, of a residual, in 1 to 3 Euler steps; the paper's latents take 27 DDIM steps.
 2. It imagines both views at once. Known camera poses replace the VGGT features and ray maps; no CLIP.
-3. Memory (frames at 0, 1/3, 2/3 of the history and the last) is noised in training, save the first one;
-   and the newest frames in it are the model's own imagination.
+3. Memory (frames at 0, 1/3, 2/3 of the history and the last) is noised in training, save the first one.
 4. The action maps show the true next pose in training and the predicted one in imagination.
 
 Shape letters: B trajectories (b alive), F memory frames, V camera views (0 agent view, 1 wrist), L length of
@@ -56,14 +55,13 @@ class WorldModelConfig:
     attention: bool = True  # self-attention at the coarsest level
     hand_height: float = 0.22  # lowest part of the wrist picture, which shows the hand: not warped
     residual_std: tuple[float, float] = (0.15, 0.25)  # of next frame - base, in each view, in [-1, 1]
-    sigma_mean: float = 0.3  # mean of log sigma in training
+    sigma_mean: float = 1.5  # mean of log sigma in training: few sampling steps live at high noise
     sigma_std: float = 1.2  # standard deviation of log sigma in training
     sigma_max: float = 10.0  # noise level that sampling starts at
     sigma_min: float = 0.2  # noise level of the sampler's last step
     rho: float = 7.0  # bend of the sampler's schedule (EDM equation 5)
     sampling_steps: int = 1  # Euler steps a frame; on held-out frames 1 beat 2 by 0.2 dB and 3 by more
     memory_noise: float = 0.1  # training adds noise of up to this standard deviation to the memory
-    imagined_memory: int = 3  # training lets the model itself imagine up to this many of the newest memory frames
     state_width: int = 256  # width of the MLP that corrects the kinematics
 
 
@@ -262,24 +260,6 @@ def noised(memory: Tensor, most: float, generator: torch.Generator) -> Tensor:
     return torch.cat([memory[:, :1], memory[:, 1:] + noise], dim=1)
 
 
-def imagined_history(model: WorldModel, batch: dict, generator: torch.Generator) -> Tensor:
-    """The batch's frames (B, T+1, V, 3, H, W), of which the newest before the target are the model's own.
-
-    How many is drawn for every sample: it learns to go on from its own mistakes ("self forcing", arXiv 2506.08009).
-    """
-    frames, states, time = batch["frames"].clone(), batch["states"], batch["time"]
-    depth = torch.randint(model.config.imagined_memory + 1, time.shape, generator=generator, device=generator.device)
-    depth = torch.minimum(depth.to(time.device), time)
-    for step in range(int(depth.max()), 0, -1):
-        row = (depth >= step).nonzero().flatten()  # (b,)
-        now = time[row] - step
-        memory = row[:, None], memory_index(now.cpu()).to(time.device)  # (b, 1), (b, F)
-        noise = normal((len(row), 6, *frames.shape[-2:]), generator, frames.device)
-        frames[row, now + 1] = model.sample(frames[memory], states[memory], states[row, now + 1],
-                                            batch["actions"][row, now], noise)
-    return frames
-
-
 def state_error(model: WorldModel, batch: dict) -> Tensor:
     """Predicted minus true change of the state, (N, 8), over all N transitions of the histories."""
     states, actions = batch["states"], batch["actions"]
@@ -299,7 +279,7 @@ def world_model_loss(model: WorldModel, batch: dict, generator: torch.Generator)
     """
     row, time = torch.arange(len(batch["time"]), device=batch["time"].device), batch["time"]
     memory_at = row[:, None], memory_index(time.cpu()).to(time.device)  # (B, 1), (B, F)
-    frames, states = imagined_history(model, batch, generator), batch["states"]
+    frames, states = batch["frames"], batch["states"]
     memory = noised(to_float(frames[memory_at]), model.config.memory_noise, generator)
     base, context = model.condition(memory, states[memory_at], states[row, time + 1])
     clean = (to_float(frames[row, time + 1]).flatten(1, 2) - base) / model.residual_std  # (B, V*3, H, W)

@@ -104,6 +104,12 @@ def test_expert_solves_a_fresh_placement_and_its_file_is_read_back(tmp_path, mon
     assert list(tmp_path.iterdir()) == [path]  # the temporary file is gone
     episode, = demonstrations.read_demonstrations(path, 2, limit=1)
     assert 80 < len(episode.actions) < 200 and np.abs(episode.actions).max() <= 1
+    pushed = (episode.executed != episode.actions).any(1)
+    assert 0.02 < pushed.mean() < 0.5 and np.abs(episode.executed).max() <= 1
+    moved = np.diff(episode.states[:, :3], axis=0)  # it went where it was told, not where the expert wanted
+    told, wanted = (np.abs(moved[2:] - np.linalg.lstsq(a, moved[2:], rcond=None)[0].T.dot(a.T).T).mean() for a in (
+        np.hstack([x[2:, :3], x[1:-1, :3], x[:-2, :3]]) for x in (episode.executed, episode.actions)))
+    assert told < 0.7 * wanted
     assert not episode.success[0] and episode.success[-demonstrations.DONE_STEPS:].all()
     assert (episode.images[:, :, :, 0] == 128).all() and (episode.images[:, :, :, 1:] == 0).all()
     task.reset(seed=7000)

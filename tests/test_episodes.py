@@ -26,6 +26,15 @@ def test_chunks_pair_frames_with_the_actions_between_them(stride, offset):
         assert chunk[-1, 0] == offset + 8 * t + 7
 
 
+def test_the_world_learns_what_was_executed_and_the_policy_what_was_wanted():
+    episode = make_episode(stride=8)
+    episode.executed = episode.actions + 100
+    assert ChunkData([episode], 8, "cpu").histories([(0, 0)])["actions"][0, 0, :, 0].tolist() == list(range(100, 108))
+    batch = CloneData([episode], Normalizer([-1.0] * 7, [1.0] * 7, [-1.0] * 8, [1.0] * 8), 8, "cpu").batch(
+        4, torch.Generator().manual_seed(0))
+    assert batch["actions"].max() < 100
+
+
 def test_a_world_batch_holds_histories_up_to_the_target_padded_with_zeros():
     data = ChunkData([make_episode(stride=8)], 8, "cpu")
     batch = data.histories([(0, 4), (0, 0)])

@@ -15,7 +15,7 @@ from episodes import Normalizer, StartContext
 from geometry import Camera, Cameras, turn_between
 from runs import UserError
 from world_model import (VirtualEnv, VirtualEnvConfig, WorldModel, WorldModelConfig, draw_sigmas, euler,
-                         imagined_history, noise_levels, normal, preconditioning, world_model_loss)
+                         noise_levels, normal, preconditioning, state_error, world_model_loss)
 
 torch.set_num_threads(1)
 AGENTVIEW = Camera(45.0, [0.9, 0.0, 0.65], [[0.0, -0.6, 0.8], [1.0, 0.0, 0.0], [0.0, 0.8, 0.6]])
@@ -174,17 +174,18 @@ def test_the_loss_depends_on_its_generator_alone():
     assert first == again and first != other
 
 
-def test_training_imagines_the_newest_memory_and_neither_the_first_frame_nor_the_target():
-    model = make_model(replace(TINY, imagined_memory=3))
-    generator = torch.Generator().manual_seed(0)
-    batch = {"frames": torch.randint(0, 256, (64, 7, 2, 3, 16, 16), dtype=torch.uint8, generator=generator),
-             "states": START.repeat(64, 7, 1), "actions": torch.rand(64, 6, 4, 7, generator=generator),
-             "time": torch.tensor([5, 1] * 32)}
-    changed = (imagined_history(model, batch, generator) != batch["frames"]).flatten(2).any(2)  # (B, T+1)
-    assert not changed[:, 0].any() and not changed[:, 6].any() and not changed[1::2, 2:].any()
-    depth = changed.sum(1)
-    assert set(depth[::2].tolist()) == {0, 1, 2, 3} and set(depth[1::2].tolist()) == {0, 1}
-    assert all(changed[b, 6 - depth[b]:6].all() for b in range(0, 64, 2)), "the newest ones, without a gap"
+def test_the_state_is_learned_from_every_transition_of_a_history_and_no_padding():
+    model = make_model()
+    states, actions = START.repeat(2, 4, 1), torch.rand(2, 3, 4, 7, generator=torch.Generator().manual_seed(0))
+    states[:, :, 0] = torch.tensor([0.0, 0.01, 0.03, 0.06])
+    batch = {"states": states, "actions": actions, "time": torch.tensor([2, 0])}
+    wrong = state_error(model, batch)
+    assert wrong.shape == (4, 8)
+    nothing = torch.zeros(1, 4, 7)
+    for row, (b, t) in enumerate([(0, 0), (0, 1), (0, 2), (1, 0)]):
+        before = actions[b, t - 1][None] if t else nothing
+        change = model.predict_change(states[b, t][None], before, actions[b, t][None])[0]
+        torch.testing.assert_close(wrong[row, :3], change[:3] - (states[b, t + 1] - states[b, t])[:3])
 
 
 # ---- the environment
