@@ -14,7 +14,7 @@ by binary cross-entropy on per-frame success labels. In imagination it pays the 
                   |
              h_t (D numbers)           <- FrameEncoder ends here: a frozen VLM can take its place
                   |
-     LayerNorm, Linear, ReLU, Linear   <- the reward head
+     dropout, LayerNorm, Linear, ReLU, Linear   <- the reward head
                   |
                logit_t
 
@@ -55,8 +55,9 @@ class ReflectorConfig:
     width: int = 128  # D, the length of h_t and of a word vector
     vocabulary: int = 1024  # hash buckets for words; bucket 0 means "no word"
     positive_weight: float = 1.0  # weight of a success frame in the loss; lower it for fewer false stops
-    shift: int = 3  # augmentation: random shift of a view by up to this many pixels
-    brightness: float = 0.15  # augmentation: random gain of 1 +- this
+    dropout: float = 0.3  # of h_t in training
+    shift: int = 4  # augmentation: random shift of a view by up to this many pixels
+    brightness: float = 0.3  # augmentation: random gain of 1 +- this
 
 
 def hash_words(instruction: list[str], vocabulary: int) -> Tensor:
@@ -121,7 +122,7 @@ class Reflector(nn.Module):
         self.config = config
         self.encoder = FrameEncoder(config)
         D = config.width
-        self.head = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 1))
+        self.head = nn.Sequential(nn.Dropout(config.dropout), nn.LayerNorm(D), nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 1))
         self.register_buffer("platt", torch.tensor([1.0, 0.0]))  # set by `calibrate`
 
     def forward(self, frames: Tensor, instruction: list[str]) -> Tensor:

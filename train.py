@@ -47,9 +47,9 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 
 @dataclass
 class ExploreConfig:
-    episodes: int = 10  # episodes a task
-    held_out: int = 2  # of these, episodes a task that nothing is trained on; they measure simulator and reflector
-    temperatures: tuple[float, ...] = (1.0, 2.0)  # taken in turn, they multiply the cloned policy's Laplace scale b
+    episodes: int = 12  # episodes a task
+    held_out: int = 3  # of these, episodes a task that nothing is trained on; they measure simulator and reflector
+    temperatures: tuple[float, ...] = (1.0, 2.0, 4.0)  # taken in turn, they multiply the cloned policy's Laplace scale b
     linger: int = 2  # chunks to go on after the goal is reached, so that there are frames of a task that is done
     mesh_cell: float = 0.006  # m; vertices closer than this are merged in demonstrations and exploration (0: never)
 
@@ -75,12 +75,12 @@ class TrainConfig:
     device: str = "auto"  # "auto" takes the GPU where there is one; or "cpu", "cuda"
     num_procs: int = 0  # simulator processes; 0: one a core
     policy: PolicyConfig = field(default_factory=PolicyConfig)
-    clone: FitConfig = field(default_factory=lambda: FitConfig(steps=3000, batch_size=32, lr=1e-3))
+    clone: FitConfig = field(default_factory=lambda: FitConfig(steps=2400, batch_size=32, lr=1e-3))
     explore: ExploreConfig = field(default_factory=ExploreConfig)
     world_model: WorldModelConfig = field(default_factory=lambda: WorldModelConfig(channels=(32, 64, 96)))
     simulate: FitConfig = field(default_factory=lambda: FitConfig(steps=1500, batch_size=16, lr=1e-3))
     reflector: ReflectorConfig = field(default_factory=ReflectorConfig)
-    reflect: FitConfig = field(default_factory=lambda: FitConfig(steps=600, batch_size=32, lr=1e-3))
+    reflect: FitConfig = field(default_factory=lambda: FitConfig(steps=600, batch_size=32, lr=1e-3, weight_decay=0.1))
     virtual: VirtualEnvConfig = field(default_factory=VirtualEnvConfig)
     start: StartConfig = field(default_factory=StartConfig)
     ppo: PPOConfig = field(default_factory=lambda: PPOConfig(iterations=8))
