@@ -260,8 +260,8 @@ def read_demonstration(demo, task_id, instruction, image_size) -> Episode:
     states = [obs[name][()] for name in ("ee_pos", "ee_ori", "gripper_states")]
     states = np.concatenate(states, axis=1).astype(np.float32)  # (T, 8)
     success = demo["rewards"][()].astype(bool)  # (T,)
-    if (T < 2 or actions.shape != (T - 1, 7) or executed.shape != actions.shape or states.shape != (T, 8) or success.shape != (T,)
-            or views.shape != (T, 2, *views.shape[3:4] * 2, 3) or views.dtype != np.uint8):
+    if (T < 2 or actions.shape != (T - 1, 7) or executed.shape != (T - 1, 7) or states.shape != (T, 8)
+            or success.shape != (T,) or views.shape != (T, 2, *views.shape[3:4] * 2, 3) or views.dtype != np.uint8):
         raise ValueError(f"{demo.name}: actions {demo['actions'].shape}, states {states.shape}, rewards "
                          f"{success.shape}, pictures {views.shape} {views.dtype}")
     if success.sum() == 1:  # official files mark the last row alone; recording went on until ten were solved
