@@ -211,7 +211,7 @@ def outcome_agreement(scores, episodes, eta) -> dict:
 class GripperProbe(nn.Module):
     """Agent view (N, 3, H, W) uint8 -> the gripper's place (N, 2) in pixels: the centre of mass of a heat map."""
 
-    def __init__(self, channels=32):
+    def __init__(self, channels=16):
         super().__init__()
         sizes = [(3, channels, 5, 2), (channels, channels, 3, 1), (channels, channels, 3, 1), (channels, 1, 3, 1)]
         self.layers = nn.ModuleList(nn.Conv2d(i, o, k, s, padding=k // 2) for i, o, k, s in sizes)
@@ -232,7 +232,7 @@ def gripper_pixels(cameras, states, size) -> Tensor:
     return (where[:, 0] + 1) / 2 * size
 
 
-def train_probe(world, episodes, steps=400, size=64, seed=0) -> GripperProbe:
+def train_probe(world, episodes, steps=400, size=32, seed=0) -> GripperProbe:
     data = ChunkData(episodes, world.config.chunk_size, "cpu")
     generator, H = torch.Generator().manual_seed(seed), world.config.image_size
     torch.manual_seed(seed)

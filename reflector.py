@@ -12,15 +12,16 @@ by binary cross-entropy on per-frame success labels. In imagination it pays the 
                   |                                  |
          flatten to a vector  ----- concatenate -----+
                   |
-             h_t (D numbers)           <- FrameEncoder ends here: a frozen VLM can take its place
+             h_t (D numbers)           <- FrameEncoder ends here; VLMEncoder takes its place on request
                   |
      dropout, LayerNorm, Linear, ReLU, Linear   <- the reward head
                   |
                logit_t
 
 Departures from the paper
-1. The paper shows the frames to a frozen vision encoder and a frozen language model and trains only the head.
-   Two cores can't run those, so a small convolutional network is trained from scratch in their place.
+1. The paper shows the frames to a frozen vision encoder and a frozen language model and trains only the head:
+   `--reflector.backbone PATH` does that with any Hugging Face image-text model. Two cores can't run those, so
+   by default a small convolutional network is trained from scratch in their place.
 2. h_t sees three frames of the prefix (first, previous, current): what the scene looked like, what just
    moved, what is there now. How many frames the paper's VLM sees isn't published.
 3. The instruction is a mean of word vectors: word order is lost, but LIBERO's tasks stay apart.
@@ -40,7 +41,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from runs import UserError, load_weights, read_json, save_model
 
@@ -49,6 +52,7 @@ from runs import UserError, load_weights, read_json, save_model
 class ReflectorConfig:
     """The reflector: network sizes, and what its training does to the frames."""
 
+    backbone: str = ""  # folder or hub name of an image-text model to freeze and read; empty: a network of ours
     image_size: int = 64  # height and width of a frame in pixels, a multiple of 8
     views: int = 2  # cameras: agent view, wrist
     channels: int = 48  # convolution channels at 16x16; twice as many at 8x8
@@ -86,10 +90,7 @@ class FilmBlock(nn.Module):
 
 
 class FrameEncoder(nn.Module):
-    """(first, previous, current) frames + instruction -> h_t (N, D).
-
-    Replace it by a frozen VLM with the same `forward` and the rest of this file stays as it is.
-    """
+    """(first, previous, current) frames + instruction -> h_t (N, D)."""
 
     def __init__(self, config: ReflectorConfig):
         super().__init__()
@@ -114,13 +115,52 @@ class FrameEncoder(nn.Module):
         return self.out(torch.cat([F.relu(x), text], dim=1))  # (N, D)
 
 
+class VLMEncoder(nn.Module):
+    """The same (N, D) from a frozen image-text model: the last hidden state of the last word of its prompt.
+
+    The model is kept out of `parameters` and `state_dict`: checkpoints hold what was trained, and its name.
+    """
+
+    def __init__(self, config: ReflectorConfig):
+        super().__init__()
+        try:
+            self.processor = AutoProcessor.from_pretrained(config.backbone)
+            model = AutoModelForImageTextToText.from_pretrained(config.backbone)
+        except (OSError, ValueError, ImportError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(f"--reflector.backbone {config.backbone} is no Hugging Face image-text model with its "
+                            f"processor: {reason}") from None
+        self.frozen = [model.eval().requires_grad_(False)]  # a list hides it from nn.Module
+        self.out = nn.Linear(model.config.get_text_config().hidden_size, config.width)
+
+    def forward(self, first: Tensor, previous: Tensor, current: Tensor, instruction: list[str]) -> Tensor:
+        device, model = self.out.weight.device, self.frozen[0].to(self.out.weight.device)
+        frames = torch.stack([first, previous, current], dim=1).flatten(1, 2)  # (N, 3*V, 3, H, W)
+        pictures = [[Image.fromarray(x.permute(1, 2, 0).cpu().numpy()) for x in row] for row in frames]
+        text = [self.prompt(words, len(row)) for words, row in zip(instruction, pictures)]
+        inputs = self.processor(images=pictures, text=text, padding=True, return_tensors="pt").to(device)
+        with torch.no_grad():
+            hidden = model(**inputs, output_hidden_states=True).hidden_states[-1]  # (N, tokens, width of the VLM)
+        mask = inputs["attention_mask"]  # padding may be on either side
+        last = (mask * torch.arange(mask.shape[1], device=device)).argmax(dim=1)
+        return self.out(hidden[torch.arange(len(last), device=device), last].float())
+
+    def prompt(self, instruction: str, pictures: int) -> str:
+        """The question, in the model's own chat format where it has one."""
+        question = f"The first, the previous and the current view of a robot. Is the task done: {instruction}?"
+        if self.processor.chat_template is None:
+            return " ".join([self.processor.image_token] * pictures + [question])
+        content = [{"type": "image"}] * pictures + [{"type": "text", "text": question}]
+        return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+
 class Reflector(nn.Module):
     """R(o_1..o_t, g). Frames are uint8, upright, 0..255."""
 
     def __init__(self, config: ReflectorConfig):
         super().__init__()
         self.config = config
-        self.encoder = FrameEncoder(config)
+        self.encoder = VLMEncoder(config) if config.backbone else FrameEncoder(config)
         D = config.width
         self.head = nn.Sequential(nn.Dropout(config.dropout), nn.LayerNorm(D), nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 1))
         self.register_buffer("platt", torch.tensor([1.0, 0.0]))  # set by `calibrate`
