@@ -17,7 +17,8 @@ Departures from Algorithm 1, and what the paper leaves open:
  3. The buffer is a whole number of groups; iterations, groups and epochs are ours. With one ratio a step,
     clip 0.1 is a narrow trust region (loc may move by about 0.1/√A of b): on the toy of tests/test_ppo.py
     one epoch learns faster than four.
- 4. The gradient's norm is clipped, and `temperature` scales b, in sampling and in scoring alike.
+ 4. By default the whole (small) backbone is trained; `lora_rank` does as the paper does.
+ 5. The gradient's norm is clipped, and `temperature` scales b, in sampling and in scoring alike.
 As in the paper: no critic, no KL, no entropy bonus, rewards not divided by their deviation.
 
 Shapes: B rollouts = G groups × K, T time in chunks, V camera views, L action-chunk length, A action
@@ -25,9 +26,12 @@ dimensions, C, H, W image, N chunks that were played, lower-case b and n: some o
 
 Try it:  python -m pytest tests/test_ppo.py
 """
+import math
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+from torch.nn.utils import parametrize
 
 from runs import UserError
 
@@ -44,6 +48,7 @@ class PPOConfig:
     clip_coef: float = 0.1  # nothing is gained by a ratio outside 1 ± clip_coef; the paper's 0.1
     lr_backbone: float = 1e-5  # learning rate of everything but the heads; the paper's 1e-4 is for LoRA on 7B
     lr_heads: float = 1e-6  # learning rate of the action head and the scale head; the paper's 1e-5
+    lora_rank: int = 0  # 0 trains the whole backbone; above, only low-rank changes of its matrices (the paper's 32)
     train_scale: bool = True  # train the scale head too, as the paper does; else exploration stays as it is
     max_grad_norm: float = 1.0  # gradient norm above which gradients are scaled down
     temperature: float = 1.0  # multiplies the Laplace scale b, in sampling and in scoring alike
@@ -175,6 +180,38 @@ def make_optimizer(policy, config):
             (heads if name.startswith(("action_head.", "scale_head.")) else backbone).append(parameter)
     return torch.optim.Adam([{"params": backbone, "lr": config.lr_backbone},
                              {"params": heads, "lr": config.lr_heads}])
+
+
+class LoRA(nn.Module):
+    """W -> W + B A, the weight of a frozen matrix (out, in) with a change of low rank (arXiv 2106.09685)."""
+
+    def __init__(self, weight, rank):
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(rank, weight.shape[1], device=weight.device) / math.sqrt(weight.shape[1]))
+        self.b = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))  # starts without a change
+
+    def forward(self, weight):
+        return weight + self.b @ self.a
+
+
+def add_lora(policy, rank):
+    """Freeze all of the policy but its heads; give every matrix of its backbone a trainable low-rank change."""
+    for name, parameter in policy.named_parameters():
+        parameter.requires_grad_(name.startswith(("action_head.", "scale_head.")))
+    for module in linear_layers(policy):
+        parametrize.register_parametrization(module, "weight", LoRA(module.weight, rank))
+
+
+def merge_lora(policy):
+    """The same policy as plain matrices again, all of them trainable."""
+    for module in linear_layers(policy):
+        if parametrize.is_parametrized(module, "weight"):
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+    policy.requires_grad_(True)
+
+
+def linear_layers(policy):
+    return [module for module in policy.backbone.modules() if isinstance(module, nn.Linear)]
 
 
 def minibatches(count, config, generator):

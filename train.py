@@ -35,7 +35,7 @@ from fidelity import (check_trust, frame_logits, frame_scores, horizon_errors, i
 from geometry import Cameras
 from libero_env import LiberoContext, LiberoTask, LiberoVectorEnv, load_suite, single_threaded_children, step_limit
 from policy import Policy, PolicyConfig, clone_loss
-from ppo import PPOConfig, improve, make_optimizer
+from ppo import PPOConfig, add_lora, improve, make_optimizer, merge_lora
 from reflector import Reflector, ReflectorConfig, calibrate, reflector_loss
 from runs import (FitConfig, Run, UserError, clear_errors, fit, load_resume, read_json, save_resume, step_generator,
                   write_json)
@@ -282,6 +282,9 @@ def imagine(config, run, folder, device):
     if config.rl_env == "virtual" and not config.trust_world:
         check_trust(read_json(run.path("simulate") / "held_out.json"), read_json(run.path("reflect") / "held_out.json"))
     policy = Policy.from_pretrained(run.path("clone")).to(device)
+    torch.manual_seed(config.seed)
+    if config.ppo.lora_rank:
+        add_lora(policy, config.ppo.lora_rank)
     optimizer = make_optimizer(policy, config.ppo)
     first = load_resume(folder, policy, optimizer)
     env, draw_contexts = virtual_world(config, run, device) if config.rl_env == "virtual" else true_world(config, device)
@@ -295,6 +298,7 @@ def imagine(config, run, folder, device):
             save_resume(folder, iteration + 1, policy, optimizer)
     finally:
         env.close()
+    merge_lora(policy)
     policy.save_pretrained(folder)
 
 

@@ -1,6 +1,6 @@
 """Promises of ppo.py, and the whole of it on a toy reaching task whose world model is exact."""
 import copy
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import product
 
 import gymnasium
@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from policy import ActionDistribution
-from ppo import PPOConfig, improve, make_optimizer, minibatches, ppo_loss, rloo_advantage, rollout, update
+from episodes import Normalizer
+from policy import ActionDistribution, Policy, PolicyConfig
+from ppo import PPOConfig, add_lora, improve, make_optimizer, merge_lora, minibatches, ppo_loss, rloo_advantage, rollout, update
 from runs import UserError, step_generator
 
 torch.set_num_threads(1)
@@ -270,6 +271,35 @@ def test_the_heads_have_their_own_rate_and_the_scale_can_be_kept():
     improve(policy, make_optimizer(policy, config), Reach(), draw_contexts, config, step_generator(0, 0))
     changed = {name for name, value in policy.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {name for name in before if not name.startswith("scale_head.")}
+
+
+def test_lora_trains_low_rank_changes_and_the_heads_and_merges_into_the_same_policy():
+    torch.manual_seed(0)
+    policy = Policy(replace(PolicyConfig.tiny(), image_size=32), Normalizer([-1.0] * 7, [1.0] * 7, [-1.0] * 8, [1.0] * 8))
+    obs = {"images": torch.randint(0, 256, (2, 2, 3, 32, 32), dtype=torch.uint8), "state": torch.rand(2, 8),
+           "instruction": ["pick up the milk", "stop"]}
+    before, whole = policy.eval()(obs).loc.detach(), copy.deepcopy(policy.state_dict())
+    add_lora(policy, rank=2)
+    assert torch.equal(policy(obs).loc, before), "it starts as it was"
+    trained = {name for name, p in policy.named_parameters() if p.requires_grad}
+    assert all(name.startswith(("action_head.", "scale_head.")) or name.endswith((".0.a", ".0.b")) for name in trained)
+    optimizer = make_optimizer(policy, PPOConfig(lr_backbone=0.1, lr_heads=0.01))
+    for _ in range(2):  # A moves once B is no longer 0
+        optimizer.zero_grad()
+        policy(obs).loc.sum().backward()
+        optimizer.step()
+    after = policy(obs).loc.detach()
+    assert not torch.allclose(after, before, atol=1e-3)
+    merge_lora(policy)
+    torch.testing.assert_close(policy(obs).loc, after, atol=1e-5, rtol=1e-5)
+    merged = policy.state_dict()
+    assert merged.keys() == whole.keys() and all(p.requires_grad for p in policy.parameters())
+    for name, value in merged.items():
+        change = (value - whole[name]).float()
+        if name.startswith("backbone.layers") and name.endswith("proj.weight"):
+            assert 0 < torch.linalg.matrix_rank(change, rtol=1e-3) <= 2, name
+        elif not name.startswith(("action_head.", "scale_head.")):
+            assert change.abs().max() == 0, name
 
 
 def test_a_gradient_that_is_not_finite_stops_with_advice_before_the_weights_are_touched():
