@@ -347,7 +347,7 @@ def measure(world, reflector, policy, test, library, eta, folder) -> dict:
     @torch.no_grad()
     def features(frames):
         return policy.stem(frames.flatten(0, 1).float() / 127.5 - 1).flatten(1).unflatten(0, frames.shape[:2])
-    result["horizon"] = horizon_errors(world, test, HORIZONS, features=features, library=library)
+    result["horizon"] = horizon_errors(world, test, HORIZONS, every=4, features=features, library=library)
 
     errors = [np.square(a.chunks(chunk_size).images.astype(np.float32) - b.images).mean() for a, b in zip(test, imagined)]
     order = np.argsort(errors)
