@@ -244,8 +244,9 @@ def reflect(config, run, folder, device):
     training, held_out = explored(config, run)
     world = WorldModel.from_pretrained(run.path("simulate")).to(device).eval().requires_grad_(False)
     L, size = config.policy.chunk_size, config.reflect.batch_size
-    true = ChunkData(demonstrations(run) + training, L, device)
-    imagined = ChunkData(imagine_episodes(world, None, demonstrations(run) + training)[0], L, device)
+    recorded = demonstrations(run) + training
+    true = ChunkData(recorded, L, device)
+    imagined = ChunkData(imagine_episodes(world, None, recorded)[0], L, device)
     torch.manual_seed(config.seed)
     reflector = Reflector(config.reflector).to(device)
     fit("reflect", reflector, lambda step, generator: both(true.frame_batch(size // 2, generator),
@@ -257,10 +258,10 @@ def reflect(config, run, folder, device):
     labels = torch.cat([torch.from_numpy(episode.chunks(L).success).float() for episode in everything])
     calibrate(reflector, torch.cat(frame_logits(reflector, everything, L)).cpu(), labels)
     reflector.save_pretrained(folder)
+    scores, eta = {name: frame_scores(reflector, episodes, L) for name, episodes in worlds.items()}, config.virtual.eta
     write_json(folder / "held_out.json", {
-        name: reflector_quality(reflector, episodes, L, config.virtual.eta) |
-        {"outcome": outcome_agreement(frame_scores(reflector, episodes, L), held_out, config.virtual.eta)}
-        for name, episodes in worlds.items()})
+        name: reflector_quality(reflector, episodes, L, eta, scores[name]) |
+        {"outcome": outcome_agreement(scores[name], held_out, eta)} for name, episodes in worlds.items()})
 
 
 def both(a, b) -> dict:
