@@ -196,21 +196,22 @@ class ChunkData:
         return self.histories([self.index[i] for i in torch.randint(len(self.index), (size,), generator=generator)])
 
     def histories(self, picks) -> dict:
-        """Frames 0 to t + 1 of track k for every (k, t) in `picks`, padded with zeros to the longest.
+        """The history up to frame t of track k for every (k, t) in `picks`, padded with zeros to the longest.
 
-        -> frames (B, T+1, V, 3, H, W) uint8, states (B, T+1, 8), actions (B, T, L, 7), time (B,): t
+        -> memory (B, F, V, 3, H, W) and target (B, V, 3, H, W) uint8: the memory frames, frame t + 1;
+        states (B, T+1, 8), actions (B, T, L, 7), time (B,): t
         """
-        time = torch.tensor([t for _, t in picks])
-        T = int(time.max()) + 1
-
         def lay(name, ahead):
             rows = [getattr(self.tracks[k], name)[:t + 1 + ahead] for k, t in picks]
-            whole = np.zeros((len(rows), T + ahead, *rows[0].shape[1:]), rows[0].dtype)
+            whole = np.zeros((len(rows), max(map(len, rows)), *rows[0].shape[1:]), rows[0].dtype)
             for row, values in zip(whole, rows):
                 row[:len(values)] = values
             return torch.from_numpy(whole).to(self.device)
-        return {"frames": lay("images", 1), "states": lay("states", 1), "actions": lay("actions", 0),
-                "time": time.to(self.device)}
+        images = [(self.tracks[k].images, t) for k, t in picks]
+        return {"memory": _stack([frames[memory_index(t)] for frames, t in images], self.device),
+                "target": _stack([frames[t + 1] for frames, t in images], self.device),
+                "states": lay("states", 1), "actions": lay("actions", 0),
+                "time": torch.tensor([t for _, t in picks], device=self.device)}
 
     def _previous(self, track, t):
         return track.actions[t - 1] if t else np.zeros((self.chunk_size, 7), np.float32)

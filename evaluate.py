@@ -1,7 +1,7 @@
 """Evaluation in both worlds: true LIBERO on the benchmark's initial states, and the imagined world from the same frames.
 
 One set of true episodes serves both stops. "Oracle stop": the simulator ends the episode, so the task counts as done if
-its goal held at any control step. "Self stop": the reflector ends the episode (score > eta, or the step limit), and the
+its goal held at any control step. "Self stop": the reflector ends the episode (its `StopRule`, or the step limit), and the
 goal must hold in that very frame. An episode is played until both are known or the limit is reached.
 
 Protocol: 10 settling steps, the benchmark's initial states in their order, the suite's step limit, whole chunks open
@@ -34,7 +34,7 @@ from fidelity import frame_scores, imagine_episodes, measure
 from libero_env import LiberoContext, LiberoVectorEnv, initial_states, load_suite, step_limit
 from policy import Policy
 from ppo import rollout
-from reflector import Reflector
+from reflector import Reflector, StopRule
 from runs import UserError, clear_errors, read_json, step_generator, write_json
 from world_model import VirtualEnv, VirtualEnvConfig, WorldModel, world_model_loss
 
@@ -107,7 +107,7 @@ def save_episode(played, row, path, context, source, env) -> dict:
             actions=played.env_actions[row, :whole].flatten(0, 1).cpu().numpy(),
             success=np.concatenate([[False], success[:whole]]), stride=env.chunk_size, task_id=context.task_id,
             instruction=played.instruction[row], source=source, seed=context.seed).save(path)
-    stops = np.flatnonzero(score > env.eta)
+    stops = np.flatnonzero(env.rule.stops(score)) if env.rule else []
     stop = int(stops[0]) if len(stops) else T - 1
     return {"file": path.name, "task_id": context.task_id, "seed": context.seed, "chunks": T,
             "oracle_stop": bool(played.reward[row] > 0), "self_stop": bool(success[stop]),
@@ -115,7 +115,7 @@ def save_episode(played, row, path, context, source, env) -> dict:
             "score": [None if np.isnan(value) else round(float(value), 3) for value in score]}
 
 
-def evaluate_policies(policies, reflector, suite, task_ids, episodes, folder, image_size, chunk_size, num_procs, eta,
+def evaluate_policies(policies, reflector, suite, task_ids, episodes, folder, image_size, chunk_size, num_procs, rule,
                       device) -> dict[str, list[dict]]:
     """Every policy on the same benchmark states. -> {policy: lines of `play`}."""
     contexts = []
@@ -124,7 +124,7 @@ def evaluate_policies(policies, reflector, suite, task_ids, episodes, folder, im
         if episodes > len(states):
             raise UserError(f"{suite} has {len(states)} initial states a task: --episodes must not be above that")
         contexts += [LiberoContext(task, seed=i, init_state=states[i]) for i in range(episodes)]
-    env = LiberoVectorEnv(suite, num_procs, image_size, chunk_size, stop="both", reflector=reflector, eta=eta,
+    env = LiberoVectorEnv(suite, num_procs, image_size, chunk_size, stop="both", reflector=reflector, rule=rule,
                           device=device)
     try:
         return {name: play(policy, env, contexts, Path(folder) / name, "evaluate", seed=0)
@@ -157,9 +157,9 @@ def proportion(values) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 # The imagined world
 # ---------------------------------------------------------------------------------------------------------------------
-def imagined_success(policy, world, reflector, starts, horizon, eta) -> np.ndarray:
+def imagined_success(policy, world, reflector, starts, horizon, rule) -> np.ndarray:
     """(B,) bool: does the reflector stop the greedy, imagined rollout from each `StartContext` within `horizon`?"""
-    env = VirtualEnv(world, reflector, VirtualEnvConfig(horizon=horizon, eta=eta, shared_noise=False), len(starts))
+    env = VirtualEnv(world, reflector, VirtualEnvConfig(horizon=horizon, stop=rule, shared_noise=False), len(starts))
     return rollout(policy, env, starts, greedy=True).terminated.cpu().numpy()
 
 
@@ -182,7 +182,7 @@ def benchmark(policies, world, reflector, suite, task_id, episodes, image_size, 
     policy, L = list(policies.values())[-1], world.config.chunk_size
     data = ChunkData(episodes, L, device)
     starts = (data.starts([(k, 0) for k in range(len(data.tracks))]) * 32)[:32]
-    env = VirtualEnv(world, reflector, VirtualEnvConfig(horizon=8, eta=2.0), len(starts), 8)
+    env = VirtualEnv(world, reflector, VirtualEnvConfig(horizon=8, stop=StopRule(eta=2.0)), len(starts), 8)
     seconds, played = _timed(lambda: rollout(policy, env, starts))
     imagined = int(played.valid.sum()) * L / seconds
     true_env = LiberoVectorEnv(suite, num_procs, image_size, L, max_steps=8 * L, device=device)
@@ -243,7 +243,7 @@ def main(arguments: Arguments):
     task_ids = list(arguments.task_ids or (trained["task_ids"] if suite == trained["task"] else range(10)))
     policies, num_procs = load_policies(run, device), arguments.num_procs or os.cpu_count() or 1
     reflector = Reflector.from_pretrained(run / "reflect").to(device).eval()
-    sizes, eta = next(iter(policies.values())).config, trained["virtual"]["eta"]
+    sizes, rule = next(iter(policies.values())).config, StopRule(**trained["virtual"]["stop"])
     if arguments.benchmark or arguments.world:
         world = WorldModel.from_pretrained(run / "simulate").to(device).eval()
     if arguments.benchmark:
@@ -262,7 +262,7 @@ def main(arguments: Arguments):
         finally:
             env.close()
         library = load_episodes(run / "demonstrate" / "episodes") + load_episodes(run / "explore")
-        measured = measure(world, reflector, policies["cloned"], load_episodes(folder), library, eta, folder)
+        measured = measure(world, reflector, policies["cloned"], load_episodes(folder), library, rule, folder)
         write_json(folder / "fidelity.json", measured)
         report.fidelity_plots(folder / "fidelity.png", measured)
         text = report.fidelity_report(measured)
@@ -272,7 +272,7 @@ def main(arguments: Arguments):
     folder = Path(arguments.output_dir or run / f"eval_{suite}_{arguments.episodes}")
     start = time.time()
     lines = evaluate_policies(policies, reflector, suite, task_ids, arguments.episodes, folder, sizes.image_size,
-                              sizes.chunk_size, num_procs, eta, device)
+                              sizes.chunk_size, num_procs, rule, device)
     seconds, count = time.time() - start, sum(map(len, lines.values()))
     results = {"task": suite, "preset": trained["preset"], "seed": trained["seed"]} | compare(lines) | {
         "stages": {"evaluate": seconds}, "eval_s": seconds, "eval_ep_s": seconds / count}

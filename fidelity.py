@@ -28,7 +28,7 @@ from tqdm import tqdm
 import report
 from episodes import ChunkData, Episode
 from geometry import camera_pose, project, turn_between
-from reflector import Reflector, reflector_metrics
+from reflector import Reflector, StopRule, reflector_metrics
 from runs import UserError
 from world_model import VirtualEnv, VirtualEnvConfig, WorldModel
 
@@ -54,7 +54,7 @@ def open_loop(world: WorldModel, reflector: Reflector | None, data: ChunkData, p
         actions = np.zeros((len(here), T, *chunks[0].shape[1:]), np.float32)
         for row, rows in zip(actions, chunks):
             row[:len(rows)] = rows[:T]
-        config = VirtualEnvConfig(horizon=T, eta=2.0, shared_noise=False, seed=seed + first)  # no score stops it
+        config = VirtualEnvConfig(horizon=T, stop=StopRule(eta=2.0), shared_noise=False, seed=seed + first)  # no score stops it
         env = VirtualEnv(world, reflector, config, len(here))
         env.reset(data.starts(here))
         scores = []
@@ -181,22 +181,22 @@ def frame_scores(reflector, episodes, chunk_size) -> list[np.ndarray]:
     return [reflector.probability(logits).cpu().numpy() for logits in frame_logits(reflector, episodes, chunk_size)]
 
 
-def reflector_quality(reflector, episodes, chunk_size, eta, scores=None) -> dict:
+def reflector_quality(reflector, episodes, chunk_size, rule, scores=None) -> dict:
     """`reflector_metrics` on episodes with true labels, whether their frames are true or imagined."""
     scores = scores or frame_scores(reflector, episodes, chunk_size)
     tracks, T = [episode.chunks(chunk_size) for episode in episodes], max(map(len, scores))
     score, label, valid = np.zeros((len(tracks), T)), np.zeros((len(tracks), T)), np.zeros((len(tracks), T), bool)
     for row, (track, values) in enumerate(zip(tracks, scores)):
         score[row, :len(values)], label[row, :len(values)], valid[row, :len(values)] = values, track.success, True
-    return reflector_metrics(score, label, valid, eta)
+    return reflector_metrics(score, label, valid, rule)
 
 
-def outcome_agreement(scores, episodes, eta) -> dict:
-    """Verdict (some score > eta) against the truth (the goal held in some frame), with Wilson 95 % intervals.
+def outcome_agreement(scores, episodes, rule) -> dict:
+    """Verdict (the reflector would have stopped) against the truth (the goal held in some frame), with Wilson 95 % intervals.
 
     scores: one array an episode. false_success: of the true failures, those called successes; missed: the reverse.
     """
-    verdict = np.array([bool((values > eta).any()) for values in scores])
+    verdict = np.array([bool(rule.stops(values).any()) for values in scores])
     truth = np.array([bool(episode.success.any()) for episode in episodes])
     counts = {"agreement": (int((verdict == truth).sum()), len(truth)),
               "false_success": (int((verdict & ~truth).sum()), int((~truth).sum())),
@@ -290,9 +290,9 @@ def violations(world, true, imagined, block=4, change=25, reach=12) -> dict:
     return {"violating_steps": float(torch.cat(steps).float().mean()), "violating_episodes": float(np.mean(episodes))}
 
 
-def stability(world, reflector, episodes, eta, noises=8) -> dict:
+def stability(world, reflector, episodes, rule, noises=8) -> dict:
     """The same actions under several noises: variance of the verdict, and how often it is not unanimous."""
-    verdicts = np.array([[bool((values > eta).any()) for values in
+    verdicts = np.array([[bool(rule.stops(values).any()) for values in
                           imagine_episodes(world, reflector, episodes, seed=1000 * (n + 1))[1]]
                          for n in tqdm(range(noises), desc="stability", unit="noise")])  # (noises, E)
     return {"verdict_variance": float(verdicts.var(axis=0).mean()),
@@ -325,7 +325,7 @@ def check_trust(world: dict, reflector: dict, least_auroc=0.8):
 HORIZONS = (1, 2, 5, 10, 15, 20)
 
 
-def measure(world, reflector, policy, test, library, eta, folder) -> dict:
+def measure(world, reflector, policy, test, library, rule, folder) -> dict:
     """Everything above on the episodes `test`, which nothing was trained on; pictures go to `folder`.
 
     library: the training episodes, for the nearest-episode rival and the probe. policy: its picture tokens are the
@@ -336,13 +336,13 @@ def measure(world, reflector, policy, test, library, eta, folder) -> dict:
     true_scores = frame_scores(reflector, test, chunk_size)
     with_start = [np.concatenate([true[:1], values]) for true, values in zip(true_scores, scores)]
     result = {"episodes": len(test), "failures": sum(not episode.success.any() for episode in test),
-              "outcome": {"imagined": outcome_agreement(scores, test, eta),
-                          "true": outcome_agreement([values[1:] for values in true_scores], test, eta)},
-              "reflector": {"true": reflector_quality(reflector, test, chunk_size, eta, true_scores),
-                            "imagined": reflector_quality(reflector, imagined, chunk_size, eta, with_start)},
+              "outcome": {"imagined": outcome_agreement(scores, test, rule),
+                          "true": outcome_agreement([values[1:] for values in true_scores], test, rule)},
+              "reflector": {"true": reflector_quality(reflector, test, chunk_size, rule, true_scores),
+                            "imagined": reflector_quality(reflector, imagined, chunk_size, rule, with_start)},
               "violations": violations(world, test, imagined),
               "following": action_following(world, train_probe(world, library), test, imagined, HORIZONS),
-              "stability": stability(world, reflector, test, eta)}
+              "stability": stability(world, reflector, test, rule)}
 
     @torch.no_grad()
     def features(frames):
@@ -354,5 +354,5 @@ def measure(world, reflector, policy, test, library, eta, folder) -> dict:
     for name, k in (("best", order[0]), ("median", order[len(order) // 2]), ("worst", order[-1])):
         frames = [np.moveaxis(images, 2, -1) for images in (test[k].chunks(chunk_size).images, imagined[k].images)]
         report.contact_sheet(folder / f"{name}.png", *frames, true_scores[k], with_start[k],
-                             f"{name}: {test[k].instruction}", bool(test[k].success.any()), eta)
+                             f"{name}: {test[k].instruction}", bool(test[k].success.any()), rule.eta)
     return result

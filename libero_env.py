@@ -221,18 +221,18 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
     info: success (B,) the goal holds in this frame, success_once (B,) it held at some control step so far,
           score (B,) the reflector's P(done) for this frame, NaN without a reflector.
     stop: what ends an episode before the step limit.  "oracle": the goal was reached, `linger` chunks ago.
-          "both": the goal was reached at some time AND the reflector's score has exceeded eta, so that one episode
+          "both": the goal was reached at some time AND the reflector has stopped (`rule`: StopRule), so that one episode
           tells what either stop would have given (evaluation). The reward is 1 where success_once at the end.
     """
     metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.DISABLED}
 
     def __init__(self, suite, num_envs, image_size=64, chunk_size=8, max_steps=None, stop="oracle", linger=0,
-                 mesh_cell=0.0, reflector=None, eta=0.5, device="cpu"):
-        if stop == "both" and reflector is None:
-            raise ValueError("stop='both' needs a reflector")
+                 mesh_cell=0.0, reflector=None, rule=None, device="cpu"):
+        if stop == "both" and (reflector is None or rule is None):
+            raise ValueError("stop='both' needs a reflector and its rule")
         self.suite, self.num_envs, self.device = suite, num_envs, torch.device(device)
         self.chunk_size, self.max_steps = chunk_size, max_steps or step_limit(suite)
-        self.stop, self.linger, self.reflector, self.eta = stop, linger, reflector, eta
+        self.stop, self.linger, self.reflector, self.rule = stop, linger, reflector, rule
         frame = gymnasium.spaces.Box(0, 255, (len(CAMERAS), 3, image_size, image_size), np.uint8)
         self.single_observation_space = gymnasium.spaces.Dict({
             "images": frame, "state": gymnasium.spaces.Box(-np.inf, np.inf, (8,), np.float32),
@@ -261,7 +261,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
         for i in chosen:
             images, state, instruction = self._receive(i)
             self._slots[i] = {"first": images, "previous": images, "images": images, "state": state, "steps": 0,
-                              "instruction": instruction, "once": False, "since": 0, "stopped": False, "over": False}
+                              "instruction": instruction, "once": False, "since": 0, "scores": [], "over": False}
         return self._observe(), self._info()
 
     def step(self, actions):
@@ -281,8 +281,9 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
         info = self._info(success)
         for i in playing:
             slot = self._slots[i]
-            slot["stopped"] |= bool(info["score"][i] > self.eta)
-            enough = slot["stopped"] if self.stop == "both" else slot["since"] >= self.linger
+            slot["scores"].append(float(info["score"][i]))
+            enough = (self.rule.stops(np.array(slot["scores"])).any() if self.stop == "both"
+                      else slot["since"] >= self.linger)
             terminated[i] = slot["once"] and enough
             truncated[i] = slot["steps"] >= self.max_steps and not terminated[i]
             slot["over"] = bool(terminated[i] or truncated[i])

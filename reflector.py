@@ -2,7 +2,7 @@
 
 World-Env (arXiv 2509.24948), "VLM-guided instant reflector": R(o_1..o_t, g) = sigmoid(head(h_t)), trained
 by binary cross-entropy on per-frame success labels. In imagination it pays the reward and ends the episode
-(score > eta); at test time it is the robot's own decision to stop ("self stop").
+(`StopRule`); at test time it is the robot's own decision to stop ("self stop").
 
       first, previous, current frame            instruction
         (V views each, one stack)             words -> hash -> mean
@@ -26,6 +26,8 @@ Departures from the paper
    moved, what is there now. How many frames the paper's VLM sees isn't published.
 3. The instruction is a mean of word vectors: word order is lost, but LIBERO's tasks stay apart.
 4. Shift and brightness augmentation, because five demonstrations a task are few. The paper names none.
+5. An episode ends when two frames in a row score above eta (the paper: one). A single one came a chunk too early
+   in every lost episode: the object in the basket and still in the hand.
 A policy can cheat a reward model where it stops falsely, so `reflector_metrics` reports `false_stop_rate`.
 
 Shapes: B trajectories, T time in chunks, V views, C,H,W image, N prefixes out of B*T, D width, E episodes.
@@ -62,6 +64,24 @@ class ReflectorConfig:
     dropout: float = 0.3  # of h_t in training
     shift: int = 4  # augmentation: random shift of a view by up to this many pixels
     brightness: float = 0.3  # augmentation: random gain of 1 +- this
+
+
+@dataclass
+class StopRule:
+    """When the reflector ends an episode: at the second frame in a row that it takes for done."""
+
+    eta: float = 0.5  # score above which a frame counts as done (the paper's 0.5)
+    confirm: int = 2  # frames in a row that must count as done (the paper's 1)
+
+    def confirmed(self, scores: np.ndarray) -> np.ndarray:
+        """Scores (..., T), one a chunk -> (..., T): the least of the last `confirm`, 0 before there are as many."""
+        before = np.zeros((*scores.shape[:-1], self.confirm - 1), scores.dtype)
+        windows = np.lib.stride_tricks.sliding_window_view(np.concatenate([before, scores], axis=-1), self.confirm, axis=-1)
+        return windows.min(axis=-1)
+
+    def stops(self, scores: np.ndarray) -> np.ndarray:
+        """Scores (..., T) -> bool (..., T): the episode would end here, had it not ended before."""
+        return self.confirmed(scores) > self.eta  # never where it is NaN
 
 
 def hash_words(instruction: list[str], vocabulary: int) -> Tensor:
@@ -253,17 +273,17 @@ def auroc(scores: np.ndarray, labels: np.ndarray) -> float | None:
     return float((rank[value][labels].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
-def reflector_metrics(scores: np.ndarray, labels: np.ndarray, valid: np.ndarray, eta: float) -> dict:
+def reflector_metrics(scores: np.ndarray, labels: np.ndarray, valid: np.ndarray, rule: StopRule) -> dict:
     """Held-out quality; scores in [0, 1], labels, valid: (E, T), one row an episode. Undefined = None.
 
-    Over frames: auroc, precision and recall of score > eta, brier, and ece in 10 equal bins.
-    Over episodes, which stop at their first valid frame with score > eta:
+    Over frames: auroc, brier, and ece in 10 equal bins; precision and recall of the frames in which `rule` would stop.
+    Over episodes, which stop at their first such frame:
       false_stop_rate  stopped at a frame with label 0 / all episodes
       missed_rate      never stopped / episodes with a success frame
       stop_delay       mean chunks from the first success frame to the stop, where the stop was right
     """
     labels, valid = labels > 0.5, valid.astype(bool)
-    stop, success = (scores > eta) & valid, labels & valid
+    stop, success = rule.stops(scores) & valid, labels & valid
     p, y = scores[valid], labels[valid]  # (frames,)
     bins = np.minimum((p * 10).astype(int), 9)
     gaps = [abs(p[bins == i].sum() - y[bins == i].sum()) for i in range(10)]

@@ -258,10 +258,10 @@ def reflect(config, run, folder, device):
     labels = torch.cat([torch.from_numpy(episode.chunks(L).success).float() for episode in everything])
     calibrate(reflector, torch.cat(frame_logits(reflector, everything, L)).cpu(), labels)
     reflector.save_pretrained(folder)
-    scores, eta = {name: frame_scores(reflector, episodes, L) for name, episodes in worlds.items()}, config.virtual.eta
+    scores, rule = {name: frame_scores(reflector, episodes, L) for name, episodes in worlds.items()}, config.virtual.stop
     write_json(folder / "held_out.json", {
-        name: reflector_quality(reflector, episodes, L, eta, scores[name]) |
-        {"outcome": outcome_agreement(scores[name], held_out, eta)} for name, episodes in worlds.items()})
+        name: reflector_quality(reflector, episodes, L, rule, scores[name]) |
+        {"outcome": outcome_agreement(scores[name], held_out, rule)} for name, episodes in worlds.items()})
 
 
 def both(a, b) -> dict:
@@ -339,7 +339,7 @@ def evaluate(config, run, folder, device):
     world, reflector = load_world(run, device)
     policies, sizes = load_policies(run.folder, device), config.policy
     lines = evaluate_policies(policies, reflector, config.task, config.task_ids, config.evaluate.episodes, folder,
-                              sizes.image_size, sizes.chunk_size, config.num_procs, config.virtual.eta, device)
+                              sizes.image_size, sizes.chunk_size, config.num_procs, config.virtual.stop, device)
     results = compare(lines) | {"imagined": {}}
     episodes = {name: load_episodes(folder / name) for name in policies}
     if config.evaluate.imagine:
@@ -348,7 +348,7 @@ def evaluate(config, run, folder, device):
         horizon = step_limit(config.task) // sizes.chunk_size
         for name, policy in tqdm(policies.items(), desc="evaluate in imagination", unit="policy"):
             results["imagined"][name] = proportion(imagined_success(policy, world, reflector, starts, horizon,
-                                                                    config.virtual.eta))
+                                                                    config.virtual.stop))
     (folder / "videos").mkdir(exist_ok=True)
     for task in tqdm(config.task_ids, desc="videos", unit="task"):
         chosen = [episode for episode in episodes[list(policies)[-1]] if episode.task_id == task]

@@ -1,7 +1,7 @@
 """The world simulator and the virtual environment (World-Env section 3.2; EnerVerse-AC; EDM as in DIAMOND).
 
-One chunk of actions in, one pair of pictures out. The robot's next state comes from kinematics and a learned
-correction; the pictures come from a diffusion model that is given the geometry and paints what is unknown:
+One chunk of actions in, one pair of pictures out. `kinematics.py` says where the robot will be and what its fingers
+will hold; the pictures come from a diffusion model that is given the geometry and paints what is unknown:
 
     base      agent view: the last frame;  wrist: the last frame warped over the table to the hand's next pose
     residual  (next frame - base) / residual_std: this is what is diffused, so sigma_data = 1
@@ -26,7 +26,7 @@ Try it: python -m pytest tests/test_world_model.py
 """
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import gymnasium as gym
@@ -37,11 +37,13 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from episodes import MEMORY, Normalizer, StartContext, memory_index
-from geometry import Cameras, action_map, rotation_matrix, turn_between, turn_state, warp_wrist
+from geometry import Cameras, action_map, turn_between, warp_wrist
+from kinematics import (STATE_FEATURES, GraspPredictor, PosePredictor, draw_opening, moved, opening_bin, state_features,
+                        surroundings, with_opening)
+from reflector import StopRule
 from runs import UserError, load_weights, read_json, save_model
 
 SIGMA_DATA = 1.0  # standard deviation of what is diffused: residual_std sees to it
-STATE_FEATURES = 11  # width of `state_features`
 
 
 @dataclass
@@ -63,6 +65,8 @@ class WorldModelConfig:
     sampling_steps: int = 1  # Euler steps a frame; on held-out frames 1 beat 2 by 0.2 dB and 3 by more
     memory_noise: float = 0.1  # training adds noise of up to this standard deviation to the memory
     state_width: int = 256  # width of the MLP that corrects the kinematics
+    grasp_channels: int = 48  # width of the network that foresees what the fingers close on
+    grasp_dropout: float = 0.2  # in that network, in training
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -107,39 +111,6 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The robot's next state
-# ----------------------------------------------------------------------------------------------------------
-class StatePredictor(nn.Module):
-    """Kinematics + correction: how far a chunk moves the gripper, turns it (world axes), opens its fingers.
-
-    The controller covers about a fifth of a command and goes on after it has ended. So the kinematics are one
-    gain for every action of both chunks, a linear layer that starts at the mean gain; an MLP adds the rest.
-    """
-    GAINS = (0.0105,) * 3 + (0.1,) * 3  # m and rad that a unit of a command yields in a control step
-    SCALE = (0.05,) * 3 + (0.1,) * 3 + (0.02,) * 2  # typical change in a chunk: m, rad, m
-
-    def __init__(self, chunk_size: int, width: int):
-        super().__init__()
-        inputs = STATE_FEATURES + 2 * 7 * chunk_size
-        self.kinematics = nn.Linear(inputs, 8)
-        self.correction = nn.Sequential(nn.Linear(inputs, width), nn.SiLU(),
-                                        nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 8))
-        self.register_buffer("scale", torch.tensor(self.SCALE), persistent=False)
-        with torch.no_grad():
-            for layer in (self.kinematics, self.correction[-1]):
-                layer.weight.zero_()
-                layer.bias.zero_()
-            by_action = self.kinematics.weight[:, -7 * chunk_size:].view(8, chunk_size, 7)
-            for i, gain in enumerate(self.GAINS):
-                by_action[i, :, i] = gain / self.SCALE[i]
-
-    def forward(self, features: Tensor, previous_actions: Tensor, actions: Tensor) -> Tensor:
-        """-> (B, 8) in m, rad, m."""
-        x = torch.cat([features, previous_actions.flatten(1), actions.flatten(1)], dim=1)
-        return (self.kinematics(x) + self.correction(x)) * self.scale
-
-
-# ----------------------------------------------------------------------------------------------------------
 # The world model
 # ----------------------------------------------------------------------------------------------------------
 class WorldModel(nn.Module):
@@ -158,25 +129,33 @@ class WorldModel(nn.Module):
             down_block_types=blocks, up_block_types=[name.replace("Down", "Up") for name in reversed(blocks)])
         inputs = 7 * config.chunk_size + 2 * STATE_FEATURES
         self.embed = nn.Sequential(nn.Linear(inputs, D), nn.SiLU(), nn.Linear(D, D))
-        self.state_predictor = StatePredictor(config.chunk_size, config.state_width)
+        self.pose_predictor = PosePredictor(config.chunk_size, config.state_width)
+        self.grasp_predictor = GraspPredictor(config.chunk_size, config.image_size, config.grasp_channels,
+                                              config.grasp_dropout)
         std = torch.tensor(config.residual_std).repeat_interleave(3).view(1, 6, 1, 1)
         self.register_buffer("residual_std", std, persistent=False)  # (1, V*3, 1, 1)
 
-    def state_features(self, state: Tensor) -> Tensor:
-        """(B, 8) -> (B, 11): position and fingers normalised, two columns of the rotation matrix."""
-        scaled = self.normalizer.normalize_state(state)
-        rotation = rotation_matrix(state[:, 3:6])[:, :, :2].flatten(1)
-        return torch.cat([scaled[:, :3], rotation, scaled[:, 6:]], dim=1)
-
     def predict_change(self, state: Tensor, previous_actions: Tensor, actions: Tensor) -> Tensor:
-        """-> (B, 8): shift (m), turn in world axes (rad), fingers (m). Float32 whatever surrounds it."""
-        with torch.autocast(state.device.type, enabled=False):
-            return self.state_predictor(self.state_features(state), previous_actions, actions)
+        """-> (B, 6): shift (m), turn in world axes (rad)."""
+        return self.pose_predictor(state_features(state, self.normalizer), previous_actions, actions)
 
-    def predict_state(self, state: Tensor, previous_actions: Tensor, actions: Tensor) -> Tensor:
-        """State (B, 8), the chunk (B, L, 7) that led to it, the next chunk -> the state (B, 8) after it."""
-        shift, turn, fingers = self.predict_change(state, previous_actions, actions).split([3, 3, 2], dim=1)
-        return torch.cat([state[:, :3] + shift, turn_state(state, turn), state[:, 6:] + fingers], dim=1)
+    def grasp_logits(self, images: Tensor, state: Tensor, next_pose: Tensor, previous_actions: Tensor,
+                     actions: Tensor) -> Tensor:
+        """Of the fingers' opening after the chunk; images (B, V, 3, H, W) in [-1, 1] are now."""
+        return self.grasp_predictor(*surroundings(images, state, next_pose, previous_actions, actions, self.cameras,
+                                                  self.normalizer))
+
+    @torch.no_grad()
+    def predict_state(self, images: Tensor, state: Tensor, previous_actions: Tensor, actions: Tensor,
+                      uniform: Tensor) -> Tensor:
+        """The state (B, 8) after a chunk.
+
+        images uint8 (B, V, 3, H, W) and state (B, 8) are now; previous_actions and actions (B, L, 7) are the chunk that
+        led here and the one to play; uniform (B,) in [0, 1] draws the fingers' opening, 0.5 for the median.
+        """
+        next_pose = moved(state, self.predict_change(state, previous_actions, actions))
+        logits = self.grasp_logits(to_float(images), state, next_pose, previous_actions, actions)
+        return with_opening(next_pose, draw_opening(logits, uniform))
 
     def condition(self, memory: Tensor, memory_states: Tensor, next_state: Tensor) -> tuple[Tensor, Tensor]:
         """Memory (B, F, V, 3, H, W) in [-1, 1], its states (B, F, 8) -> base (B, V*3, H, W) and the context
@@ -199,7 +178,7 @@ class WorldModel(nn.Module):
 
     def embedding(self, state: Tensor, next_state: Tensor, actions: Tensor) -> Tensor:
         """(B, D), added to the time embedding."""
-        old, new = self.state_features(state), self.state_features(next_state)
+        old, new = (state_features(value, self.normalizer) for value in (state, next_state))
         return self.embed(torch.cat([actions.flatten(1), new, 4 * (new - old)], dim=1))
 
     def denoise(self, x: Tensor, sigma: Tensor, context: Tensor, embedding: Tensor) -> Tensor:
@@ -260,45 +239,51 @@ def noised(memory: Tensor, most: float, generator: torch.Generator) -> Tensor:
     return torch.cat([memory[:, :1], memory[:, 1:] + noise], dim=1)
 
 
-def state_error(model: WorldModel, batch: dict) -> Tensor:
-    """Predicted minus true change of the state, (N, 8), over all N transitions of the histories."""
+def pose_error(model: WorldModel, batch: dict) -> Tensor:
+    """Predicted minus true change of the hand's pose, (N, 6), over all N transitions of the histories."""
     states, actions = batch["states"], batch["actions"]
-    B, T = actions.shape[:2]
-    previous = torch.cat([torch.zeros_like(actions[:, :1]), actions[:, :-1]], dim=1)
-    played = torch.arange(T, device=actions.device) <= batch["time"][:, None]  # (B, T)
+    played = torch.arange(actions.shape[1], device=actions.device) <= batch["time"][:, None]  # (B, T)
     state, next_state = states[:, :-1][played], states[:, 1:][played]  # (N, 8)
-    true = torch.cat([next_state[:, :3] - state[:, :3], turn_between(state, next_state),
-                      next_state[:, 6:] - state[:, 6:]], dim=1)
-    return model.predict_change(state, previous[played], actions[played]) - true
+    true = torch.cat([next_state[:, :3] - state[:, :3], turn_between(state, next_state)], dim=1)
+    return model.predict_change(state, previous(actions)[played], actions[played]) - true
+
+
+def previous(actions: Tensor) -> Tensor:
+    """Chunks (B, T, L, 7) -> the chunk before each; zeros before the first."""
+    return torch.cat([torch.zeros_like(actions[:, :1]), actions[:, :-1]], dim=1)
 
 
 def world_model_loss(model: WorldModel, batch: dict, generator: torch.Generator) -> tuple[Tensor, dict]:
-    """EDM's loss on the residual + the squared error of the state's change in units of its scale.
+    """EDM's loss on the residual + squared error of the hand's change in units of its scale + cross-entropy of the grasp.
 
-    batch: `ChunkData.histories`; the last frame of each is learned, and the state from all transitions.
+    batch: `ChunkData.histories`; the last transition of each is learned, the hand's pose from all transitions.
     """
     row, time = torch.arange(len(batch["time"]), device=batch["time"].device), batch["time"]
-    memory_at = row[:, None], memory_index(time.cpu()).to(time.device)  # (B, 1), (B, F)
-    frames, states = batch["frames"], batch["states"]
-    memory = noised(to_float(frames[memory_at]), model.config.memory_noise, generator)
-    base, context = model.condition(memory, states[memory_at], states[row, time + 1])
-    clean = (to_float(frames[row, time + 1]).flatten(1, 2) - base) / model.residual_std  # (B, V*3, H, W)
+    states, actions = batch["states"], batch["actions"][row, time]
+    state, next_state = states[row, time], states[row, time + 1]
+    memory = noised(to_float(batch["memory"]), model.config.memory_noise, generator)
+    memory_states = states[row[:, None], memory_index(time.cpu()).to(time.device)]  # (B, F, 8)
+    base, context = model.condition(memory, memory_states, next_state)
+    clean = (to_float(batch["target"]).flatten(1, 2) - base) / model.residual_std  # (B, V*3, H, W)
     sigma = draw_sigmas(model.config, len(clean), generator, clean.device)
     noisy = clean + sigma.view(-1, 1, 1, 1) * normal(clean.shape, generator, clean.device)
-    embedding = model.embedding(states[row, time], states[row, time + 1], batch["actions"][row, time])
-    denoised = model.denoise(noisy, sigma, context, embedding)
+    denoised = model.denoise(noisy, sigma, context, model.embedding(state, next_state, actions))
     error = (denoised - clean).square()  # (B, V*3, H, W)
     weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2  # 1 / c_out^2: all levels count alike
     denoising = weight * error.mean(dim=(1, 2, 3))  # (B,)
 
-    wrong = state_error(model, batch)
-    state_loss = (wrong / model.state_predictor.scale).square().mean()
-    loss = denoising.mean() + state_loss
+    wrong = pose_error(model, batch)
+    pose_loss = (wrong / model.pose_predictor.scale).square().mean()
+    next_pose = torch.cat([next_state[:, :6], state[:, 6:]], dim=1)
+    logits = model.grasp_logits(memory[:, -1], state, next_pose, previous(batch["actions"])[row, time], actions)
+    grasp_loss = F.cross_entropy(logits, opening_bin(next_state))
+    loss = denoising.mean() + pose_loss + grasp_loss
 
     with torch.no_grad():
         levels = zip(("low", "middle", "high"), denoising[sigma.argsort()].tensor_split(3))
         pixel_mse = (error * model.residual_std**2).mean(dim=(0, 2, 3)) / 4  # (V*3,), pictures in [0, 1]
-        metrics = {"loss": loss, "state_loss": state_loss, "state_mm": wrong[:, :3].norm(dim=1).mean() * 1000,
+        metrics = {"loss": loss, "pose_loss": pose_loss, "grasp_loss": grasp_loss,
+                   "state_mm": wrong[:, :3].norm(dim=1).mean() * 1000,
                    "pixel_mse_agentview": pixel_mse[:3].mean(), "pixel_mse_wrist": pixel_mse[3:].mean()}
         metrics |= {f"loss_{name}_noise": part.mean() for name, part in levels}
     return loss, {name: value.item() for name, value in metrics.items()}
@@ -311,7 +296,8 @@ def world_model_loss(model: WorldModel, batch: dict, generator: torch.Generator)
 class VirtualEnvConfig:
     """The virtual environment."""
     horizon: int = 16  # chunks after which an imagined episode is cut off (T_max)
-    eta: float = 0.5  # the reflector's score above which an episode ends
+    stop: StopRule = field(default_factory=StopRule)
+    grasp_noise: float = 1.0  # 0: the fingers' most middling opening; 1: drawn from all that may happen
     shared_noise: bool = True  # the rollouts of a group get the same noise: it cancels in their advantage
     seed: int = 0  # of the diffusion noise
 
@@ -319,8 +305,8 @@ class VirtualEnvConfig:
 class VirtualEnv(gym.vector.VectorEnv):
     """The true environment's interface on imagined pictures, one chunk a step, on the model's device.
 
-    A slot that has ended stays as it is until it is reset. The reward comes at the end alone: the reflector's
-    score at the stop or at the horizon. Slots nK ... nK + K - 1 are a group: they share their noise, step for
+    A slot that has ended stays as it is until it is reset. The reward comes at the end alone: the
+    reflector's score at the stop or at the horizon, confirmed (`StopRule`). Slots nK ... nK + K - 1 are a group: they share their noise, step for
     step, so reset them together. `reflector.score(first, previous, current, instruction)` -> (b,) gets frames
     uint8 (b, V, 3, H, W); without a reflector nothing ends early, scores are NaN and rewards 0.
     """
@@ -341,6 +327,7 @@ class VirtualEnv(gym.vector.VectorEnv):
         self.device, history = next(world_model.parameters()).device, (num_envs, config.horizon + 1)
         self.frames = torch.zeros(*history, 2, 3, size, size, dtype=torch.uint8, device=self.device)
         self.states = torch.zeros(*history, 8, device=self.device)
+        self.scores = np.zeros((num_envs, config.stop.confirm), np.float32)  # the reflector's last ones
         self.previous_actions = torch.zeros(num_envs, L, 7, device=self.device)
         self.time = torch.zeros(num_envs, dtype=torch.long, device=self.device)  # each slot's last frame
         self.alive = torch.zeros(num_envs, dtype=torch.bool, device=self.device)
@@ -362,7 +349,7 @@ class VirtualEnv(gym.vector.VectorEnv):
             slots = torch.tensor(list(chosen), device=self.device)
             self.frames[slots, 0], self.states[slots, 0] = stack("images"), stack("state")
             self.previous_actions[slots] = stack("previous_actions")
-            self.time[slots], self.alive[slots] = 0, True
+            self.time[slots], self.alive[slots], self.scores[list(chosen)] = 0, True, 0.0
             for i in chosen:
                 self.instruction[i] = contexts[i].instruction
         return self.observe(), {}
@@ -378,24 +365,31 @@ class VirtualEnv(gym.vector.VectorEnv):
         score = torch.full((self.num_envs,), torch.nan, device=self.device)
         size, groups = self.model.config.image_size, -(-self.num_envs // self.group_size)
         noise = normal((groups, 6, size, size), self.generator, self.device)  # for all slots, alive or not
+        uniform = torch.rand(groups, generator=self.generator).to(self.device)
+        uniform = 0.5 + (uniform - 0.5) * self.config.grasp_noise
         slots = self.alive.nonzero().flatten()  # (b,)
         if len(slots):
-            self.imagine(slots, actions.to(self.device).float()[slots], noise[slots // self.group_size])
+            group = slots // self.group_size
+            self.imagine(slots, actions.to(self.device).float()[slots], noise[group], uniform[group])
         if len(slots) and self.reflector is not None:
             now, instruction = self.time[slots], [self.instruction[i] for i in slots.tolist()]
-            first, previous, current = (self.frames[slots, t] for t in (torch.zeros_like(now), now - 1, now))
-            score[slots] = self.reflector.score(first, previous, current, instruction).float()
-        terminated = score > self.config.eta  # never where it is NaN
+            first, before, current = (self.frames[slots, t] for t in (torch.zeros_like(now), now - 1, now))
+            score[slots] = self.reflector.score(first, before, current, instruction).float()
+        b = slots.cpu().numpy()
+        self.scores[b] = np.concatenate([self.scores[b, 1:], score[slots].cpu().numpy()[:, None]], axis=1)
+        confirmed = torch.from_numpy(self.config.stop.confirmed(self.scores)[:, -1]).to(self.device)
+        terminated = self.alive & (confirmed > self.config.stop.eta)  # never where it is NaN
         truncated = self.alive & ~terminated & (self.time >= self.config.horizon)
-        reward = torch.where(terminated | truncated, score.nan_to_num(0.0), 0.0)
+        reward = torch.where(terminated | truncated, confirmed.nan_to_num(0.0), 0.0)
         self.alive &= ~(terminated | truncated)
         return self.observe(), reward, terminated, truncated, {"score": score}
 
-    def imagine(self, slots: Tensor, actions: Tensor, noise: Tensor):
+    def imagine(self, slots: Tensor, actions: Tensor, noise: Tensor, uniform: Tensor):
         """Append the next state and frames to the history of `slots` (b,)."""
         time = self.time[slots]
         memory = slots[:, None], memory_index(time.cpu()).to(self.device)  # (b, 1), (b, F)
-        next_state = self.model.predict_state(self.states[slots, time], self.previous_actions[slots], actions)
+        next_state = self.model.predict_state(self.frames[slots, time], self.states[slots, time],
+                                              self.previous_actions[slots], actions, uniform)
         images = self.model.sample(self.frames[memory], self.states[memory], next_state, actions, noise)
         self.frames[slots, time + 1], self.states[slots, time + 1] = images, next_state
         self.previous_actions[slots], self.time[slots] = actions, time + 1

@@ -39,7 +39,8 @@ def test_a_world_batch_holds_histories_up_to_the_target_padded_with_zeros():
     data = ChunkData([make_episode(stride=8)], 8, "cpu")
     batch = data.histories([(0, 4), (0, 0)])
     assert batch["time"].tolist() == [4, 0]
-    assert batch["frames"][:, :, 0, 0, 0, 0].tolist() == [[0, 8, 16, 24, 32, 40], [0, 8, 0, 0, 0, 0]]
+    assert batch["memory"][:, :, 0, 0, 0, 0].tolist() == [[0, 8, 16, 32], [0, 0, 0, 0]]  # frames 0, 1, 2, 4
+    assert batch["target"][:, 0, 0, 0, 0].tolist() == [40, 8]
     assert batch["states"][:, :, 0].tolist() == [[0, 8, 16, 24, 32, 40], [0, 8, 0, 0, 0, 0]]
     assert batch["actions"][:, :, 0, 0].tolist() == [[0, 8, 16, 24, 32], [0, 0, 0, 0, 0]]
     assert batch["actions"][0, 4, 7, 0] == 39

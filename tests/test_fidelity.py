@@ -10,12 +10,13 @@ from episodes import ChunkData, Episode
 from fidelity import (GripperProbe, check_trust, gripper_pixels, horizon_errors, imagine_episodes, open_loop,
                       outcome_agreement, reflector_quality, ssim, stability, violations)
 from geometry import Camera, Cameras
+from reflector import StopRule
 from runs import UserError
 from world_model import WorldModelConfig
 
 CAMERAS = Cameras(Camera(45.0, [0.9, 0.0, 0.65], [[0.0, -0.6, 0.8], [1.0, 0.0, 0.0], [0.0, 0.8, 0.6]]),
                   Camera(75.0, [0.05, 0.0, -0.097], [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]]), 0.0)
-SIZE, L = 32, 4
+SIZE, L, ONE = 32, 4, StopRule(confirm=1)
 
 
 class Mover(torch.nn.Module):
@@ -26,7 +27,7 @@ class Mover(torch.nn.Module):
         self.config, self.cameras, self.noise = WorldModelConfig(image_size=SIZE, chunk_size=L), CAMERAS, noise
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
-    def predict_state(self, state, previous_actions, actions):
+    def predict_state(self, images, state, previous_actions, actions, uniform):
         return torch.cat([state[:, :1] + 0.01 * actions[:, 0, :1], state[:, 1:]], dim=1)
 
     def sample(self, memory, memory_states, next_state, actions, noise):
@@ -100,19 +101,19 @@ def test_an_imagined_episode_keeps_its_true_labels_and_verdicts_are_compared_wit
     imagined, scores = imagine_episodes(Mover(), Bright(), EPISODES)
     assert [len(values) for values in scores] == [3, 6, 4, 2]
     assert all(np.array_equal(a.success, b.success) and a.source == "imagined" for a, b in zip(imagined, EPISODES))
-    agreement = outcome_agreement(scores, EPISODES, 0.5)
+    agreement = outcome_agreement(scores, EPISODES, ONE)
     assert agreement["agreement"]["count"] == 4 and agreement["missed_success"]["of"] == 2
     wrong = [np.array([0.1]), np.array([0.9]), np.array([0.2, 0.6]), np.array([0.7])]  # truth: yes, yes, no, no
-    cells = outcome_agreement(wrong, EPISODES, 0.5)
+    cells = outcome_agreement(wrong, EPISODES, ONE)
     assert {name: (cell["count"], cell["of"]) for name, cell in cells.items()} == {
         "agreement": (1, 4), "false_success": (2, 2), "missed_success": (1, 2)}
-    assert reflector_quality(Bright(), imagined, L, 0.5)["auroc"] == 1
+    assert reflector_quality(Bright(), imagined, L, ONE)["auroc"] == 1
 
 
 def test_stability_sees_noise_that_decides_the_verdict():
-    assert stability(Mover(), Bright(), EPISODES, 0.5, noises=3) == {"verdict_variance": 0.0, "not_unanimous": 0.0}
+    assert stability(Mover(), Bright(), EPISODES, ONE, noises=3) == {"verdict_variance": 0.0, "not_unanimous": 0.0}
     near = [episode([5, 0])] * 4  # ends at 100 exactly: only noise lifts it
-    assert stability(Mover(noise=2000.0), Bright(), near, 0.5, noises=6)["not_unanimous"] > 0
+    assert stability(Mover(noise=2000.0), Bright(), near, ONE, noises=6)["not_unanimous"] > 0
 
 
 def test_an_object_that_vanishes_is_a_violation_unless_the_gripper_is_there():

@@ -7,7 +7,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from reflector import Reflector, ReflectorConfig, augment, calibrate, reflector_loss, reflector_metrics
+from reflector import Reflector, ReflectorConfig, StopRule, augment, calibrate, reflector_loss, reflector_metrics
 from runs import UserError
 
 MILK, SOUP = "pick up the milk and place it in the basket", "pick up the soup and place it in the basket"
@@ -42,7 +42,7 @@ def test_overfits_eight_clips_whose_success_depends_on_the_instruction():
         optimizer.step()
     assert metrics["loss"] < 0.05 and metrics["accuracy"] == 1
     scores = torch.sigmoid(model(batch["frames"], batch["instruction"])).detach().numpy()
-    assert reflector_metrics(scores, batch["labels"].numpy(), batch["valid"].numpy(), 0.5)["auroc"] == 1
+    assert reflector_metrics(scores, batch["labels"].numpy(), batch["valid"].numpy(), StopRule())["auroc"] == 1
     swapped = [MILK if text == SOUP else SOUP for text in batch["instruction"]]
     assert (model(batch["frames"], swapped) - model(batch["frames"], batch["instruction"])).abs().max() > 1
 
@@ -127,28 +127,39 @@ def test_metrics_of_hand_made_episodes():
                        [0.1, 0.2, 0.3, 0.4]])  # a success that is missed
     valid = np.ones((5, 4), bool)
     valid[3, 3] = False
-    metrics = reflector_metrics(scores, labels, valid, eta=0.5)
+    metrics = reflector_metrics(scores, labels, valid, StopRule(confirm=1))
     assert metrics["false_stop_rate"] == 2 / 5
     assert metrics["missed_rate"] == 1 / 3
     assert metrics["stop_delay"] == 1
     assert metrics["precision"] == 3 / 5 and metrics["recall"] == 3 / 7
     assert (metrics["frames"], metrics["episodes"]) == (19, 5)
-    never = reflector_metrics(scores * 0, labels * 0, valid, eta=0.5)
+    never = reflector_metrics(scores * 0, labels * 0, valid, StopRule(confirm=1))
     assert [never[key] for key in ("auroc", "precision", "recall", "missed_rate", "stop_delay")] == [None] * 5
     assert never["false_stop_rate"] == 0
     json.dumps(metrics), json.dumps(never)
+    confirmed = reflector_metrics(scores, labels, valid, StopRule(confirm=2))
+    assert confirmed["false_stop_rate"] == 0 and confirmed["missed_rate"] == 2 / 3 and confirmed["stop_delay"] == 0
+
+
+def test_an_episode_ends_at_the_first_of_enough_frames_in_a_row():
+    scores = np.array([[0.9, 0.1, 0.6, 0.7, 0.2], [0.9, 0.8, 0.7, np.nan, 0.9]])
+    assert StopRule(0.5, 1).stops(scores).tolist() == [[True, False, True, True, False], [True, True, True, False, True]]
+    assert StopRule(0.5, 2).stops(scores).tolist() == [[False] * 3 + [True, False], [False, True, True, False, False]]
+    assert StopRule(0.5, 3).stops(scores).tolist() == [[False] * 5, [False, False, True, False, False]]
+    assert StopRule(0.5, 3).stops(scores[:, :2]).tolist() == [[False, False]] * 2
+    assert StopRule(0.5, 2).confirmed(scores[0]).tolist() == [0.0, 0.1, 0.1, 0.6, 0.2]
 
 
 def test_auroc_counts_ties_half_and_brier_and_ece_are_by_hand():
     valid = np.ones((1, 4), bool)
-    metrics = reflector_metrics(np.array([[0.15, 0.45, 0.45, 0.85]]), np.array([[0, 0, 1, 1]]), valid, 0.5)
+    metrics = reflector_metrics(np.array([[0.15, 0.45, 0.45, 0.85]]), np.array([[0, 0, 1, 1]]), valid, StopRule())
     assert metrics["auroc"] == (1 + 1 + 0.5 + 1) / 4
     assert metrics["brier"] == pytest.approx((0.15**2 + 0.45**2 + 0.55**2 + 0.15**2) / 4)
     assert metrics["ece"] == pytest.approx((0.15 + abs(0.9 - 1) + 0.15) / 4)
     rng = np.random.default_rng(0)
     scores, labels = rng.integers(0, 5, (4, 9)) / 5, rng.integers(0, 2, (4, 9))
     pairs = [(p > n) + 0.5 * (p == n) for p in scores[labels == 1] for n in scores[labels == 0]]
-    assert reflector_metrics(scores, labels, np.ones((4, 9)), 0.5)["auroc"] == pytest.approx(np.mean(pairs))
+    assert reflector_metrics(scores, labels, np.ones((4, 9)), StopRule())["auroc"] == pytest.approx(np.mean(pairs))
 
 
 def test_calibration_finds_the_slope_and_shift_that_the_labels_have():

@@ -12,10 +12,11 @@ from diffusers import EDMEulerScheduler
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from episodes import Normalizer, StartContext
-from geometry import Camera, Cameras, turn_between
+from geometry import Camera, Cameras
+from reflector import StopRule
 from runs import UserError
 from world_model import (VirtualEnv, VirtualEnvConfig, WorldModel, WorldModelConfig, draw_sigmas, euler,
-                         noise_levels, normal, preconditioning, state_error, world_model_loss)
+                         noise_levels, normal, pose_error, preconditioning, world_model_loss)
 
 torch.set_num_threads(1)
 AGENTVIEW = Camera(45.0, [0.9, 0.0, 0.65], [[0.0, -0.6, 0.8], [1.0, 0.0, 0.0], [0.0, 0.8, 0.6]])
@@ -23,7 +24,7 @@ WRIST = Camera(75.0, [0.05, 0.0, -0.097], [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.
 CAMERAS = Cameras(AGENTVIEW, WRIST, plane_z=0.0)
 NORMALIZER = Normalizer([-1.0] * 7, [1.0] * 7, [-0.3, -0.3, 0.0, -3.5, -3.5, -3.5, 0.0, -0.04],
                         [0.3, 0.3, 0.5, 3.5, 3.5, 3.5, 0.04, 0.0])
-TINY = WorldModelConfig(image_size=16, channels=(16, 32), chunk_size=4, state_width=32)
+TINY = WorldModelConfig(image_size=16, channels=(16, 32), chunk_size=4, state_width=32, grasp_channels=8)
 START = torch.tensor([0.0, 0, 0.3, math.pi, 0, 0, 0.03, -0.03])
 
 
@@ -32,7 +33,7 @@ def make_model(config=TINY, seed=0):
     torch.manual_seed(seed)
     model = WorldModel(config, CAMERAS, NORMALIZER).eval()
     torch.nn.init.normal_(model.unet.conv_out.weight, std=0.1)
-    torch.nn.init.normal_(model.state_predictor.correction[-1].weight, std=0.1)
+    torch.nn.init.normal_(model.pose_predictor.correction[-1].weight, std=0.1)
     return model
 
 
@@ -104,20 +105,6 @@ def test_training_noise_levels_are_the_log_normal():
     assert abs(draws.mean() - TINY.sigma_mean) < 0.01 and abs(draws.std() - TINY.sigma_std) < 0.01
 
 
-# ---- states
-
-def test_state_predictor_starts_at_the_kinematics_and_learns_the_rest():
-    torch.manual_seed(0)
-    model = WorldModel(TINY, CAMERAS, NORMALIZER)
-    state, none = START.expand(2, 8), torch.zeros(2, 4, 7)
-    assert torch.allclose(model.predict_state(state, none, none), state, atol=1e-5)
-    push = none.clone()
-    push[:, :, 0], push[:, :, 5] = 1, 0.5
-    after = model.predict_state(state, none, push)
-    assert torch.allclose(after[:, :3] - state[:, :3], torch.tensor([0.042, 0, 0]).expand(2, 3), atol=1e-5)
-    assert torch.allclose(turn_between(state, after), torch.tensor([0, 0, 0.2]).expand(2, 3), atol=1e-5)
-
-
 # ---- learning
 
 def toy_batch(B, seed=0, size=16):
@@ -136,7 +123,7 @@ def toy_batch(B, seed=0, size=16):
     state, moved = START.repeat(B, 1), torch.zeros(B, 8)
     moved[:, 0] = 0.05 * shift / 4
     frame = draw(place)
-    return {"frames": torch.stack([frame, draw(place + shift)], dim=1), "actions": actions[:, None],
+    return {"memory": frame[:, None].expand(-1, 4, *frame.shape[1:]), "target": draw(place + shift), "actions": actions[:, None],
             "states": torch.stack([state, state + moved], dim=1), "time": torch.zeros(B, dtype=torch.long)}
 
 
@@ -154,12 +141,12 @@ def test_overfits_one_batch_and_then_a_shuffled_action_makes_it_worse():
 
     def mse(order):
         noise = normal((8, 6, 16, 16), torch.Generator().manual_seed(0), torch.device("cpu"))
-        memory, states = (batch[key][:, :1].repeat_interleave(4, dim=1) for key in ("frames", "states"))
-        images = model.sample(memory, states, batch["states"][order, 1], batch["actions"][order, 0], noise)
-        return ((images.float() - frames[:, 1]) / 255).square().mean()
+        states = batch["states"][:, :1].repeat_interleave(4, dim=1)
+        images = model.sample(batch["memory"], states, batch["states"][order, 1], batch["actions"][order, 0], noise)
+        return ((images.float() - target) / 255).square().mean()
 
-    frames = batch["frames"].float()
-    unchanged = ((frames[:, 0] - frames[:, 1]) / 255).square().mean()
+    target = batch["target"].float()
+    unchanged = ((batch["memory"][:, 0] - target) / 255).square().mean()
     straight, shuffled = mse(torch.arange(8)), mse(torch.arange(8).roll(1))
     assert straight < 0.2 * unchanged and shuffled > 3 * straight
     assert metrics["state_mm"] < 5 and all(math.isfinite(value) for value in metrics.values())
@@ -174,13 +161,13 @@ def test_the_loss_depends_on_its_generator_alone():
     assert first == again and first != other
 
 
-def test_the_state_is_learned_from_every_transition_of_a_history_and_no_padding():
+def test_the_pose_is_learned_from_every_transition_of_a_history_and_no_padding():
     model = make_model()
     states, actions = START.repeat(2, 4, 1), torch.rand(2, 3, 4, 7, generator=torch.Generator().manual_seed(0))
     states[:, :, 0] = torch.tensor([0.0, 0.01, 0.03, 0.06])
     batch = {"states": states, "actions": actions, "time": torch.tensor([2, 0])}
-    wrong = state_error(model, batch)
-    assert wrong.shape == (4, 8)
+    wrong = pose_error(model, batch)
+    assert wrong.shape == (4, 6)
     nothing = torch.zeros(1, 4, 7)
     for row, (b, t) in enumerate([(0, 0), (0, 1), (0, 2), (1, 0)]):
         before = actions[b, t - 1][None] if t else nothing
@@ -247,7 +234,7 @@ def test_the_reflector_ends_episodes_and_pays_only_at_the_end():
             return torch.tensor([0.2 * self.calls if name == "task 0" else 0.1 for name in instruction])
 
     script = Script()
-    env = VirtualEnv(make_model(), script, VirtualEnvConfig(horizon=4), 2)
+    env = VirtualEnv(make_model(), script, VirtualEnvConfig(horizon=4, stop=StopRule(confirm=1)), 2)
     env.reset(make_contexts(2))
     history = [env.step(chunk) for chunk in make_actions(2, 6)]
     rewards, terminated, truncated = (torch.stack([h[i] for h in history]) for i in (1, 2, 3))
@@ -257,6 +244,22 @@ def test_the_reflector_ends_episodes_and_pays_only_at_the_end():
     assert script.calls == 4 and script.batch == 1  # what has ended is not computed any more
     assert torch.equal(scores.isnan(), torch.tensor([[0, 0]] * 3 + [[1, 0]] + [[1, 1]] * 2).bool())
     assert torch.equal(history[2][0]["images"][0], history[5][0]["images"][0])
+
+
+def test_a_stop_is_confirmed_by_the_next_frame_and_a_reset_forgets_the_last():
+    class Script:
+        scores = iter([0.9, 0.2, 0.8, 0.7, 0.6, 0.6])
+
+        def score(self, first, previous, current, instruction):
+            return torch.tensor([next(self.scores)])
+
+    env = VirtualEnv(make_model(), Script(), VirtualEnvConfig(horizon=9), 1)
+    env.reset(make_contexts(1))
+    ends = [env.step(chunk)[1:3] for chunk in make_actions(1, 4)]
+    assert [bool(terminated) for _, terminated in ends] == [False, False, False, True]
+    assert [float(reward) for reward, _ in ends] == pytest.approx([0, 0, 0, 0.7])
+    env.reset(make_contexts(1))
+    assert [bool(env.step(chunk)[2]) for chunk in make_actions(1, 2)] == [False, True]
 
 
 def test_memory_is_first_third_two_thirds_and_last():

@@ -1,0 +1,84 @@
+"""Promises of kinematics.py."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from episodes import Normalizer
+from fidelity import gripper_pixels
+from geometry import MAX_OPENING, Camera, Cameras, turn_between
+from kinematics import (BINS, GraspPredictor, PosePredictor, around_hand, draw_opening, moved, opening, opening_bin,
+                        state_features, surroundings, with_opening)
+
+CAMERAS = Cameras(Camera(45.0, [0.9, 0.0, 0.65], [[0.0, -0.6, 0.8], [1.0, 0.0, 0.0], [0.0, 0.8, 0.6]]),
+                  Camera(75.0, [0.05, 0.0, -0.097], [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]]), 0.0)
+NORMALIZER = Normalizer([-1.0] * 7, [1.0] * 7, [-0.3, -0.3, 0.0, -3.5, -3.5, -3.5, 0.0, -0.04],
+                        [0.3, 0.3, 0.5, 3.5, 3.5, 3.5, 0.04, 0.0])
+START = torch.tensor([0.0, 0, 0.3, math.pi, 0, 0, 0.03, -0.03])
+
+
+def test_the_pose_starts_at_the_kinematics():
+    predictor, state, none = PosePredictor(4, 32), START.expand(2, 8), torch.zeros(2, 4, 7)
+    features = state_features(state, NORMALIZER)
+    assert torch.allclose(moved(state, predictor(features, none, none)), state, atol=1e-5)
+    push = none.clone()
+    push[:, :, 0], push[:, :, 5] = 1, 0.5
+    after = moved(state, predictor(features, none, push))
+    assert torch.allclose(after[:, :3] - state[:, :3], torch.tensor([0.042, 0, 0]).expand(2, 3), atol=1e-5)
+    assert torch.allclose(turn_between(state, after), torch.tensor([0, 0, 0.2]).expand(2, 3), atol=1e-5)
+    assert torch.equal(after[:, 6:], state[:, 6:])
+
+
+@pytest.mark.parametrize("metres", [0.0, 0.031, MAX_OPENING])
+def test_a_sure_distribution_gives_back_the_opening_within_its_bin(metres):
+    state = with_opening(START[None], torch.tensor([metres]))
+    assert torch.allclose(opening(state), torch.tensor([metres]), atol=1e-6) and torch.equal(state[:, :6], START[None, :6])
+    logits = 50 * F.one_hot(opening_bin(state), BINS).float()
+    for uniform in (0.01, 0.5, 0.99):
+        assert (draw_opening(logits, torch.tensor([uniform])) - metres).abs() <= MAX_OPENING / BINS + 1e-6
+
+
+def test_openings_are_drawn_as_often_as_the_distribution_says():
+    probability = torch.zeros(BINS)
+    probability[0], probability[10], probability[11] = 0.3, 0.5, 0.2  # holds nothing; holds an object
+    uniform = (torch.arange(2000) + 0.5) / 2000
+    drawn = draw_opening((probability + 1e-9).log().expand(2000, BINS), uniform)
+    found = torch.bincount((drawn / MAX_OPENING * BINS).long().clamp(max=BINS - 1), minlength=BINS) / 2000
+    assert torch.allclose(found, probability, atol=0.002)
+    assert (drawn.diff() >= 0).all(), "a group that shares its uniform number must not be reordered"
+
+
+def test_what_surrounds_the_hand_moves_with_it():
+    """A picture shifted by as many pixels as the projected hand looks the same from the hand."""
+    image = F.interpolate(torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)), 64, mode="bilinear")
+    there = START[None].clone()
+    there[:, 1] += 0.1  # to the right in this camera
+    shift = (gripper_pixels(CAMERAS, there, 64) - gripper_pixels(CAMERAS, START[None], 64))[0]
+    assert shift[0].abs() > 5 and shift[1].abs() < 1e-3
+    grid = F.affine_grid(torch.tensor([[[1, 0, -2 * shift[0] / 64], [0, 1, 0]]]), (1, 3, 64, 64), align_corners=False)
+    carried = F.grid_sample(image, grid, align_corners=False)
+    middle = (slice(None), slice(None), slice(16, 48), slice(16, 48))
+    assert torch.allclose(around_hand(image, START[None], CAMERAS)[middle], around_hand(carried, there, CAMERAS)[middle],
+                          atol=0.1)
+    assert not torch.allclose(around_hand(image, there, CAMERAS)[middle], around_hand(carried, there, CAMERAS)[middle], atol=0.3)
+
+
+def test_a_grasp_is_learned_from_the_wrist_picture():
+    """Fingers that close: on an object where the wrist picture is bright in its middle, else on nothing."""
+    torch.manual_seed(0)
+    B, net = 16, GraspPredictor(4, 32, 8, dropout=0.0)
+    holds = torch.arange(B) % 2 == 0
+    images = torch.rand(B, 2, 3, 32, 32) - 1
+    images[holds, 1, :, 12:20, 12:20] += 1
+    state, actions = START.expand(B, 8), torch.ones(B, 4, 7)
+    target = opening_bin(with_opening(state, 0.04 * holds.float()))
+    inputs = surroundings(images, state, state, actions, actions, CAMERAS, NORMALIZER)
+    optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
+    for _ in range(60):
+        loss = F.cross_entropy(net(*inputs), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    drawn = draw_opening(net.eval()(*inputs), torch.full((B,), 0.5))
+    assert ((drawn > 0.02) == holds).all()
