@@ -148,6 +148,15 @@ def warp_wrist(image: Tensor, state_from: Tensor, state_to: Tensor, camera: Came
     return warped, seen.view(B, 1, H, W).to(image.dtype)
 
 
+def ray_map(camera: Camera, state: Tensor, size: int, on_hand: bool = False) -> Tensor:
+    """The Pluecker coordinates (direction, origin x direction) of every pixel's ray in the world, (B, 6, H, W)."""
+    position, rotation = camera_pose(camera, state, on_hand)
+    pixels = pixel_grid(size, state.device).view(1, size * size, 2) * corner(camera, state.device)
+    rays = F.normalize(F.pad(pixels, (0, 1), value=-1.0) @ rotation.transpose(1, 2), dim=-1)  # (B, H*W, 3)
+    moment = torch.linalg.cross(position[:, None].expand_as(rays), rays)
+    return torch.cat([rays, moment], dim=-1).transpose(1, 2).unflatten(2, (size, size))
+
+
 def action_map(camera: Camera, state: Tensor, size: int, hand: Tensor | None = None) -> Tensor:
     """The pose (B, 8) to the eye of a camera: (B, 3, H, W) in [0, 1], on black.
 

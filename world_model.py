@@ -15,7 +15,7 @@ will hold; the pictures come from a diffusion model that is given the geometry a
 
 Departures from the paper:
 1. Diffusion of pixels, of a residual, in 1 to 3 Euler steps; the paper's latents take 27 DDIM steps.
-2. It imagines both views at once. Known camera poses replace the VGGT features and ray maps; no CLIP.
+2. It imagines both views at once, and knows the camera poses: by default no VGGT, no CLIP, no ray maps; each is a flag.
 3. Memory (frames at 0, 1/3, 2/3 of the history and the last) is noised in training, save the first one.
 4. The action maps show the true next pose in training and the predicted one in imagination.
 
@@ -33,11 +33,12 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
+from encoders import Injection
 from episodes import MEMORY, Normalizer, StartContext, memory_index
-from geometry import Cameras, action_map, turn_between, warp_wrist
+from geometry import Cameras, action_map, ray_map, turn_between, warp_wrist
 from kinematics import (STATE_FEATURES, GraspPredictor, PosePredictor, draw_opening, moved, opening_bin, state_features,
                         surroundings, with_opening)
 from reflector import StopRule
@@ -55,6 +56,8 @@ class WorldModelConfig:
     channels: tuple[int, ...] = (48, 96, 144)  # width of every U-Net level; each level halves the grid
     layers: int = 1  # residual blocks a level
     attention: bool = True  # self-attention at the coarsest level
+    encoders: tuple[str, ...] = ()  # picture encoders to attend to: `ours`, or vision models of Hugging Face
+    ray_maps: bool = False  # show the U-Net the ray of every pixel of both cameras (the paper does)
     hand_height: float = 0.22  # lowest part of the wrist picture, which shows the hand: not warped
     residual_std: tuple[float, float] = (0.15, 0.25)  # of next frame - base, in each view, in [-1, 1]
     sigma_mean: float = 1.5  # mean of log sigma in training: few sampling steps live at high noise
@@ -121,12 +124,18 @@ class WorldModel(nn.Module):
         self.config, self.cameras, self.normalizer = config, cameras, normalizer
         D, blocks = 4 * config.channels[0], ["DownBlock2D"] * len(config.channels)
         blocks[-1] = "AttnDownBlock2D" if config.attention else "DownBlock2D"
-        both_views, context = 3 + 3, (3 + 4) * MEMORY + 3 + 3 + 4 * 3  # channels; context: see `condition`
-        self.unet = UNet2DModel(
-            in_channels=(both_views + context) * config.patch**2, out_channels=both_views * config.patch**2,
-            block_out_channels=config.channels, layers_per_block=config.layers, norm_num_groups=8,
-            attention_head_dim=32, add_attention=config.attention, class_embed_type="identity",
-            down_block_types=blocks, up_block_types=[name.replace("Down", "Up") for name in reversed(blocks)])
+        both_views, context = 3 + 3, (3 + 4) * MEMORY + 3 + 3 + 4 * 3 + 12 * config.ray_maps  # channels: see `condition`
+        shape = dict(in_channels=(both_views + context) * config.patch**2, out_channels=both_views * config.patch**2,
+                     block_out_channels=config.channels, layers_per_block=config.layers, norm_num_groups=8,
+                     class_embed_type="identity")
+        self.injection = Injection(config.encoders, D) if config.encoders else None
+        if self.injection:  # attends to their tokens at every resolution but the finest
+            blocks = ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * (len(config.channels) - 1)
+            self.unet = UNet2DConditionModel(**shape, cross_attention_dim=D, attention_head_dim=4, down_block_types=blocks,
+                                             up_block_types=[name.replace("Down", "Up") for name in reversed(blocks)])
+        else:
+            self.unet = UNet2DModel(**shape, attention_head_dim=32, add_attention=config.attention, down_block_types=blocks,
+                                    up_block_types=[name.replace("Down", "Up") for name in reversed(blocks)])
         inputs = 7 * config.chunk_size + 2 * STATE_FEATURES
         self.embed = nn.Sequential(nn.Linear(inputs, D), nn.SiLU(), nn.Linear(D, D))
         self.pose_predictor = PosePredictor(config.chunk_size, config.state_width)
@@ -174,6 +183,8 @@ class WorldModel(nn.Module):
         maps = [action_map(self.cameras.agentview, state, H) for state in poses]
         maps += [action_map(self.cameras.wrist, state, H, hand=next_state) for state in poses]
         by_frame = [memory[:, :, 0].flatten(1, 2), warped.flatten(1, 2), seen.flatten(1, 2)]
+        if self.config.ray_maps:
+            maps += [ray_map(self.cameras.agentview, next_state, H), ray_map(self.cameras.wrist, next_state, H, on_hand=True)]
         return base, torch.cat([*by_frame, wrist, base[:, 3:], *maps], dim=1)
 
     def embedding(self, state: Tensor, next_state: Tensor, actions: Tensor) -> Tensor:
@@ -181,14 +192,19 @@ class WorldModel(nn.Module):
         old, new = (state_features(value, self.normalizer) for value in (state, next_state))
         return self.embed(torch.cat([actions.flatten(1), new, 4 * (new - old)], dim=1))
 
-    def denoise(self, x: Tensor, sigma: Tensor, context: Tensor, embedding: Tensor) -> Tensor:
-        """Noisy residual (B, V*3, H, W) with noise levels (B,) -> clean residual."""
+    def denoise(self, x: Tensor, sigma: Tensor, context: Tensor, embedding: Tensor, tokens: Tensor | None) -> Tensor:
+        """Noisy residual (B, V*3, H, W) with noise levels (B,) -> clean residual. tokens: see `tokens`."""
         c_in, c_skip, c_out, c_noise = preconditioning(sigma.view(-1, 1, 1, 1))
         grid = F.pixel_unshuffle(torch.cat([c_in * x, context], dim=1), self.config.patch)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
             # The U-Net's time embedding is a sinusoid for steps 0 to 1000: spread c_noise over hundreds.
-            output = self.unet(grid, 250 * c_noise.flatten(), class_labels=embedding).sample
+            attended = {} if tokens is None else {"encoder_hidden_states": tokens}
+            output = self.unet(grid, 250 * c_noise.flatten(), class_labels=embedding, **attended).sample
         return c_skip * x + c_out * F.pixel_shuffle(output.float(), self.config.patch)
+
+    def tokens(self, memory: Tensor) -> Tensor | None:
+        """What the encoders see in the last frame of the memory (B, F, V, 3, H, W), (B, N, D)."""
+        return self.injection(memory[:, -1]) if self.injection else None
 
     @torch.no_grad()
     def sample(self, memory: Tensor, memory_states: Tensor, next_state: Tensor, actions: Tensor,
@@ -198,10 +214,11 @@ class WorldModel(nn.Module):
         memory uint8 (B, F, V, 3, H, W) and memory_states (B, F, 8), the last of F is now; next_state (B, 8);
         actions (B, L, 7); noise (B, V*3, H, W) of variance 1, all the randomness there is.
         """
-        base, context = self.condition(to_float(memory), memory_states, next_state)
+        memory = to_float(memory)
+        (base, context), tokens = self.condition(memory, memory_states, next_state), self.tokens(memory)
         embedding = self.embedding(memory_states[:, -1], next_state, actions)
         sigmas = noise_levels(self.config, self.config.sampling_steps).to(base.device)
-        residual = euler(lambda x, sigma: self.denoise(x, sigma.expand(len(x)), context, embedding),
+        residual = euler(lambda x, sigma: self.denoise(x, sigma.expand(len(x)), context, embedding, tokens),
                          noise, sigmas)  # (B, V*3, H, W)
         return to_uint8(base + residual * self.residual_std).unflatten(1, (2, 3))
 
@@ -267,7 +284,7 @@ def world_model_loss(model: WorldModel, batch: dict, generator: torch.Generator)
     clean = (to_float(batch["target"]).flatten(1, 2) - base) / model.residual_std  # (B, V*3, H, W)
     sigma = draw_sigmas(model.config, len(clean), generator, clean.device)
     noisy = clean + sigma.view(-1, 1, 1, 1) * normal(clean.shape, generator, clean.device)
-    denoised = model.denoise(noisy, sigma, context, model.embedding(state, next_state, actions))
+    denoised = model.denoise(noisy, sigma, context, model.embedding(state, next_state, actions), model.tokens(memory))
     error = (denoised - clean).square()  # (B, V*3, H, W)
     weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2  # 1 / c_out^2: all levels count alike
     denoising = weight * error.mean(dim=(1, 2, 3))  # (B,)

@@ -9,7 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import geometry
-from geometry import Camera, Cameras, action_map, camera_pose, pixel_grid, project, warp_wrist
+from geometry import Camera, Cameras, action_map, camera_pose, pixel_grid, project, ray_map, warp_wrist
 
 torch.set_num_threads(1)
 AGENTVIEW = Camera(45.0, [0.9, 0.0, 0.65], [[0.0, -0.6, 0.8], [1.0, 0.0, 0.0], [0.0, 0.8, 0.6]])
@@ -145,3 +145,16 @@ def test_the_wrist_map_rides_on_the_hand_and_shows_where_it_came_from():
 def test_cameras_survive_json():
     cameras = Cameras(AGENTVIEW, WRIST, 0.01)
     assert Cameras.from_dict(json.loads(json.dumps(cameras.to_dict()))) == cameras
+
+
+def test_the_ray_of_a_pixel_goes_through_the_point_that_is_seen_there():
+    state = states(1)
+    points = torch.tensor([[[0.15, -0.1, 0.0], [0.1, 0.02, 0.05]]])
+    for camera, on_hand in ((AGENTVIEW, False), (WRIST, True)):
+        rays = ray_map(camera, state, 256, on_hand)[0]  # (6, H, W)
+        where, _ = project(points, camera, camera_pose(camera, state, on_hand))
+        columns, rows = ((where[0] + 1) / 2 * 256).long().unbind(-1)
+        direction, moment = rays[:, rows, columns].T.split(3, dim=1)
+        assert torch.allclose(direction.norm(dim=1), torch.ones(2), atol=1e-5)
+        distance = (torch.linalg.cross(points[0], direction) - moment).norm(dim=1)  # from the ray to the point
+        assert (distance < 0.005).all()

@@ -1,0 +1,87 @@
+"""Picture encoders whose tokens the world simulator attends to (World-Env section 3.2, geometry-aware feature injection).
+
+The paper lets frozen VGGT features (geometry) and frozen CLIP features (semantics) enter its U-Net by cross-attention at
+several resolutions. Here any list of encoders does: `--world_model.encoders A B`, where each is the folder or hub name
+of a Hugging Face vision model (DINOv2, CLIP, SigLIP, and whatever else AutoModel knows), or `ours`, a small network
+that is trained along with the simulator and needs no download. The reference frame is the last one of the memory.
+
+    last frame, V views ─► encoder A ─► tokens ─► Linear ─► + view ─┐
+                      └──► encoder B ─► tokens ─► Linear ─► + view ─┴─► (B, N, D) ─► cross-attention in the U-Net
+
+Shape letters: B trajectories, V camera views, C, H, W image, N tokens, D width.
+
+Try it: python -m pytest tests/test_encoders.py
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoModel
+
+from runs import UserError
+
+
+class GridEncoder(nn.Module):
+    """Trained along: pictures (B, 3, H, W) in [-1, 1] -> a token for every 8x8 pixels, (B, N, D)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        sizes = [(3, width // 4), (width // 4, width // 2), (width // 2, width)]
+        self.layers = nn.Sequential(*(layer for i, o in sizes for layer in
+                                      (nn.Conv2d(i, o, 4, stride=2, padding=1), nn.GroupNorm(8, o), nn.SiLU())))
+        self.width = width
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images).flatten(2).transpose(1, 2)
+
+
+class PretrainedEncoder(nn.Module):
+    """Frozen: the last hidden states of a Hugging Face vision model, at the size and colours it was trained with.
+
+    It is kept out of `parameters` and `state_dict`: checkpoints hold what was trained, and its name.
+    """
+
+    def __init__(self, name: str):
+        super().__init__()
+        try:
+            processor, model = AutoImageProcessor.from_pretrained(name), AutoModel.from_pretrained(name)
+        except (OSError, ValueError, ImportError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(f"--world_model.encoders {name} is neither 'ours' nor a Hugging Face vision model with its "
+                            f"image processor: {reason}") from None
+        model = getattr(model, "vision_model", model)  # CLIP and SigLIP hold a text model as well
+        self.frozen = [model.eval().requires_grad_(False)]  # a list hides it from nn.Module
+        self.width = model.config.hidden_size
+        size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
+        self.size = size.get("height") or size["shortest_edge"]
+        for key in ("mean", "std"):
+            value = torch.tensor(getattr(processor, f"image_{key}")).view(1, 3, 1, 1)
+            self.register_buffer(key, value, persistent=False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] -> (B, N, width)."""
+        images = F.interpolate((images + 1) / 2, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
+        model = self.frozen[0].to(images.device)
+        return model(pixel_values=(images - self.mean) / self.std).last_hidden_state
+
+
+class Injection(nn.Module):
+    """All encoders' tokens of a pair of pictures, in one width."""
+
+    def __init__(self, names: tuple[str, ...], width: int, views: int = 2):
+        super().__init__()
+        self.encoders = nn.ModuleList(GridEncoder(width) if name == "ours" else PretrainedEncoder(name) for name in names)
+        self.project = nn.ModuleList(nn.Sequential(nn.LayerNorm(encoder.width), nn.Linear(encoder.width, width))
+                                     for encoder in self.encoders)
+        self.view = nn.Parameter(torch.randn(len(names), views, width) * 0.02)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pictures (B, V, 3, H, W) in [-1, 1] -> tokens (B, N, D) of all views and encoders."""
+        B, V = images.shape[:2]
+        tokens = []
+        for encoder, project, view in zip(self.encoders, self.project, self.view):
+            found = project(encoder(images.flatten(0, 1))).unflatten(0, (B, V))  # (B, V, N, D)
+            tokens.append((found + view[None, :, None]).flatten(1, 2))
+        return torch.cat(tokens, dim=1)
