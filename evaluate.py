@@ -226,7 +226,7 @@ class Arguments:
     task: str = ""  # suite to evaluate on; empty: the one it was trained on
     task_ids: tuple[int, ...] = ()  # tasks of the suite; empty: those it was trained on
     episodes: int = 5  # episodes a task and policy (50 at most); with --world: test episodes a task
-    temperatures: tuple[float, ...] = (1.0, 3.0)  # with --world: noise of the test episodes, taken in turn
+    temperatures: tuple[float, ...] = (1.0, 4.0)  # with --world: noise of the test episodes, taken in turn
     num_procs: int = 0  # simulator processes; 0: one a core
     output_dir: str = ""  # where results go; empty: <run>/eval_<suite>_<episodes>, or <run>/world_<episodes>
     device: str = "auto"  # "auto", "cpu", "cuda"

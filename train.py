@@ -70,7 +70,7 @@ class TrainConfig:
     stages: tuple[Stage, ...] = STAGES  # stages to run; what they need of the others must be there
     demos: str = ""  # folder with official LIBERO HDF5 demonstrations; empty: a scripted expert makes them
     num_demos: int = 5  # demonstrations a task
-    rl_env: Literal["virtual", "libero"] = "virtual"  # where RL happens: in imagination, or in the true simulator
+    rl_env: Literal["virtual", "libero", "none"] = "virtual"  # where RL happens: in imagination, in truth; none: clone explored successes
     trust_world: bool = False  # start RL even where the held-out episodes say that the imagination is no good
     device: str = "auto"  # "auto" takes the GPU where there is one; or "cpu", "cuda"
     num_procs: int = 0  # simulator processes; 0: one a core
@@ -184,9 +184,13 @@ def clone(config, run, folder, device):
     data = CloneData(demonstrations(run), normalizer, config.policy.chunk_size, device)
     torch.manual_seed(config.seed)
     policy = Policy(config.policy, normalizer).to(device)
-    fit("clone", policy, lambda step, generator: data.batch(config.clone.batch_size, generator), clone_loss,
-        config.clone, folder, config.seed, device, lambda step, metrics: run.log("clone", step, metrics))
+    fit_clone("clone", policy, data, config, run, folder, device)
     policy.save_pretrained(folder)
+
+
+def fit_clone(name, policy, data, config, run, folder, device):
+    fit(name, policy, lambda step, generator: data.batch(config.clone.batch_size, generator), clone_loss,
+        config.clone, folder, config.seed, device, lambda step, metrics: run.log(name, step, metrics))
 
 
 def explore(config, run, folder, device):
@@ -279,11 +283,16 @@ def load_world(run, device):
 # 6 imagine
 # ---------------------------------------------------------------------------------------------------------------------
 def imagine(config, run, folder, device):
-    """RLOO + PPO (Algorithm 1) from the cloned policy, in the virtual environment or, as a baseline, in the true one."""
+    """RLOO + PPO (Algorithm 1) from the cloned policy, in the virtual environment; two baselines by `rl_env`."""
     if config.rl_env == "virtual" and not config.trust_world:
         check_trust(read_json(run.path("simulate") / "held_out.json"), read_json(run.path("reflect") / "held_out.json"))
     policy = Policy.from_pretrained(run.path("clone")).to(device)
     torch.manual_seed(config.seed)
+    if config.rl_env == "none":
+        successes = [episode for episode in explored(config, run)[0] if episode.success.any()]
+        data = CloneData(demonstrations(run) + successes, policy.normalizer, config.policy.chunk_size, device)
+        fit_clone("imagine", policy, data, config, run, folder, device)
+        return policy.save_pretrained(folder)
     if config.ppo.lora_rank:
         add_lora(policy, config.ppo.lora_rank)
     optimizer = make_optimizer(policy, config.ppo)
