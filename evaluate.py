@@ -216,6 +216,30 @@ def _timed(work):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The virtual environment, measured
+# ---------------------------------------------------------------------------------------------------------------------
+def measure_world(arguments, run, trained, suite, task_ids, policy, world, reflector, rule, num_procs, device):
+    """Play test episodes in the true simulator, imagine them, write and print what `fidelity.measure` finds."""
+    folder = Path(arguments.output_dir or run / f"world_{arguments.episodes}")
+    contexts = [LiberoContext(task, TEST_SEED + i) for task in task_ids for i in range(arguments.episodes)]
+    heat = [arguments.temperatures[context.seed % len(arguments.temperatures)] for context in contexts]
+    sizes, explored = policy.config, trained["explore"]
+    env = LiberoVectorEnv(suite, num_procs, sizes.image_size, sizes.chunk_size, linger=explored["linger"],
+                          mesh_cell=explored["mesh_cell"], device=device)
+    try:
+        play(policy, env, contexts, folder, "test", TEST_SEED, heat)
+    finally:
+        env.close()
+    library = load_episodes(run / "demonstrate" / "episodes") + load_episodes(run / "explore")
+    measured = measure(world, reflector, policy, load_episodes(folder), library, rule, folder)
+    write_json(folder / "fidelity.json", measured)
+    report.fidelity_plots(folder / "fidelity.png", measured)
+    text = report.fidelity_report(measured)
+    (folder / "fidelity.md").write_text(text)
+    print(text + f"\nWritten to {folder}: fidelity.json, fidelity.md, fidelity.png, best.png, median.png, worst.png")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Command line
 # ---------------------------------------------------------------------------------------------------------------------
 @dataclass
@@ -252,22 +276,7 @@ def main(arguments: Arguments):
         print("\n".join(f"{name:45s} {value:10.2f}" for name, value in speeds.items()))
         return
     if arguments.world:
-        folder = Path(arguments.output_dir or run / f"world_{arguments.episodes}")
-        contexts = [LiberoContext(task, TEST_SEED + i) for task in task_ids for i in range(arguments.episodes)]
-        env = LiberoVectorEnv(suite, num_procs, sizes.image_size, sizes.chunk_size, linger=trained["explore"]["linger"],
-                              mesh_cell=trained["explore"]["mesh_cell"], device=device)
-        try:
-            heat = [arguments.temperatures[context.seed % len(arguments.temperatures)] for context in contexts]
-            play(policies["cloned"], env, contexts, folder, "test", TEST_SEED, heat)
-        finally:
-            env.close()
-        library = load_episodes(run / "demonstrate" / "episodes") + load_episodes(run / "explore")
-        measured = measure(world, reflector, policies["cloned"], load_episodes(folder), library, rule, folder)
-        write_json(folder / "fidelity.json", measured)
-        report.fidelity_plots(folder / "fidelity.png", measured)
-        text = report.fidelity_report(measured)
-        (folder / "fidelity.md").write_text(text)
-        print(text + f"\nWritten to {folder}: fidelity.json, fidelity.md, fidelity.png, best.png, median.png, worst.png")
+        measure_world(arguments, run, trained, suite, task_ids, policies["cloned"], world, reflector, rule, num_procs, device)
         return
     folder = Path(arguments.output_dir or run / f"eval_{suite}_{arguments.episodes}")
     start = time.time()

@@ -246,7 +246,7 @@ def reflect(config, run, folder, device):
     held-out episodes, true and imagined; their quality is kept.
     """
     training, held_out = explored(config, run)
-    world = WorldModel.from_pretrained(run.path("simulate")).to(device).eval().requires_grad_(False)
+    world = frozen(WorldModel, run.path("simulate"), device)
     L, size = config.policy.chunk_size, config.reflect.batch_size
     recorded = demonstrations(run) + training
     true = ChunkData(recorded, L, device)
@@ -275,8 +275,11 @@ def both(a, b) -> dict:
 
 def load_world(run, device):
     """The virtual environment's two halves, frozen."""
-    return (WorldModel.from_pretrained(run.path("simulate")).to(device).eval().requires_grad_(False),
-            Reflector.from_pretrained(run.path("reflect")).to(device).eval().requires_grad_(False))
+    return frozen(WorldModel, run.path("simulate"), device), frozen(Reflector, run.path("reflect"), device)
+
+
+def frozen(model_class, folder, device):
+    return model_class.from_pretrained(folder).to(device).eval().requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

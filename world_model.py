@@ -65,6 +65,7 @@ class WorldModelConfig:
     sigma_max: float = 10.0  # noise level that sampling starts at
     sigma_min: float = 0.2  # noise level of the sampler's last step
     rho: float = 7.0  # bend of the sampler's schedule (EDM equation 5)
+    still: float = 4.0  # grey levels taken off every sampled change, so that what stands still stays as it was
     sampling_steps: int = 1  # Euler steps a frame; on held-out frames 1 beat 2 by 0.2 dB and 3 by more
     memory_noise: float = 0.1  # training adds noise of up to this standard deviation to the memory
     state_width: int = 256  # width of the MLP that corrects the kinematics
@@ -220,7 +221,8 @@ class WorldModel(nn.Module):
         sigmas = noise_levels(self.config, self.config.sampling_steps).to(base.device)
         residual = euler(lambda x, sigma: self.denoise(x, sigma.expand(len(x)), context, embedding, tokens),
                          noise, sigmas)  # (B, V*3, H, W)
-        return to_uint8(base + residual * self.residual_std).unflatten(1, (2, 3))
+        change = F.softshrink(residual * self.residual_std, self.config.still / 127.5)
+        return to_uint8(base + change).unflatten(1, (2, 3))
 
     def save_pretrained(self, folder: str | Path):
         save_model(folder, self, {"world_model": asdict(self.config), "cameras": self.cameras.to_dict(),

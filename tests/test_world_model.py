@@ -175,6 +175,15 @@ def test_the_pose_is_learned_from_every_transition_of_a_history_and_no_padding()
         torch.testing.assert_close(wrong[row, :3], change[:3] - (states[b, t + 1] - states[b, t])[:3])
 
 
+@pytest.mark.parametrize("change, expected", [(3, 0), (-3, 0), (50, 46), (-50, -46)])
+def test_what_hardly_changes_stays_as_it_was(change, expected):
+    model, memory = make_model(), torch.full((1, 4, 2, 3, 16, 16), 128, dtype=torch.uint8)
+    model.denoise = lambda x, *_: change / 127.5 / model.residual_std.expand_as(x)
+    states = START.expand(1, 4, 8)
+    images = model.sample(memory, states, START[None], torch.zeros(1, 4, 7), torch.zeros(1, 6, 16, 16))
+    assert (images[:, 0].int() - 128 == expected).all(), "the agent view's base is its last frame"
+
+
 # ---- the environment
 
 def test_an_action_changes_the_next_frame_and_none_before():
