@@ -330,6 +330,7 @@ PANELS = [  # title, stage in log.jsonl, metrics drawn in it
     ("imagine: approx_kl", "imagine", ["approx_kl"]),
     ("imagine: clipped, idle groups", "imagine", ["clip_frac", "groups_without_advantage"]),
     ("imagine: entropy", "imagine", ["entropy"]),
+    ("both worlds, between iterations", "check", ["true_success", "imagined_success"]),
 ]
 
 
@@ -339,8 +340,8 @@ def learning_curves(path, log_jsonl) -> None:
     Of a step that was logged twice (a resumed run) the later line counts; a panel without data says so.
     """
     records = _read_log(Path(log_jsonl))
-    figure = Figure(figsize=(14, 6), layout="constrained")  # no pyplot: no display, no state
-    for axes, (title, stage, names) in zip(figure.subplots(2, 4).flat, PANELS):
+    figure = Figure(figsize=(12, 8.5), layout="constrained")  # no pyplot: no display, no state
+    for axes, (title, stage, names) in zip(figure.subplots(3, 3).flat, PANELS):
         axes.set_title(title, fontsize=11)
         axes.spines[["top", "right"]].set_visible(False)
         for name in names:
@@ -350,7 +351,7 @@ def learning_curves(path, log_jsonl) -> None:
                 axes.plot(*zip(*points), marker="o" if len(points) < 30 else "", markersize=3, label=name)
         if axes.lines:
             axes.grid(alpha=0.25)
-            axes.set_xlabel("iteration" if stage == "imagine" else "step", fontsize=9)
+            axes.set_xlabel("iteration" if stage in ("imagine", "check") else "step", fontsize=9)
         else:
             axes.set(xticks=[], yticks=[])
             axes.text(0.5, 0.5, "nothing logged", ha="center", color="gray", transform=axes.transAxes)

@@ -43,6 +43,7 @@ from world_model import VirtualEnv, VirtualEnvConfig, WorldModel, WorldModelConf
 
 Stage = Literal["demonstrate", "clone", "explore", "simulate", "reflect", "imagine", "evaluate"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
+CHECK_SEED = 20_000_000  # placements of `check`
 
 
 @dataclass
@@ -57,6 +58,13 @@ class ExploreConfig:
 @dataclass
 class StartConfig:
     midway: float = 0.5  # fraction of imagined rollouts that start inside a recorded episode, the others at its start
+
+
+@dataclass
+class CheckConfig:
+    """A look at both worlds while RL goes on, from fresh placements, never from the benchmark's states."""
+    every: int = 0  # RL iterations between two looks; 0: none (a look takes a minute or two on two cores)
+    episodes: int = 2  # episodes a task
 
 
 @dataclass
@@ -84,6 +92,7 @@ class TrainConfig:
     virtual: VirtualEnvConfig = field(default_factory=VirtualEnvConfig)
     start: StartConfig = field(default_factory=StartConfig)
     ppo: PPOConfig = field(default_factory=lambda: PPOConfig(iterations=8))
+    check: CheckConfig = field(default_factory=CheckConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
@@ -134,7 +143,7 @@ def stage_settings(config, name) -> dict:
     """The part of the configuration that a finished stage depends on directly."""
     sections = {"demonstrate": ("demos", "num_demos"), "clone": ("policy", "clone"), "explore": ("explore",),
                 "simulate": ("world_model", "simulate"), "reflect": ("reflector", "reflect"),
-                "imagine": ("virtual", "start", "ppo", "rl_env"), "evaluate": ("evaluate",)}
+                "imagine": ("virtual", "start", "ppo", "check", "rl_env"), "evaluate": ("evaluate",)}
     values = asdict(config)
     return {key: values[key] for key in ("task", "task_ids", "seed", *sections[name])}
 
@@ -308,11 +317,27 @@ def imagine(config, run, folder, device):
                 env.reset_noise(iteration)
             metrics = improve(policy, optimizer, env, draw_contexts, config.ppo, step_generator(config.seed, iteration))
             run.log("imagine", iteration + 1, metrics)
+            if config.check.every and (iteration + 1) % config.check.every == 0:
+                run.log("check", iteration + 1, check(config, run, policy, folder / f"check_{iteration + 1:04d}", device))
             save_resume(folder, iteration + 1, policy, optimizer)
     finally:
         env.close()
     merge_lora(policy)
     policy.save_pretrained(folder)
+
+
+def check(config, run, policy, folder, device) -> dict:
+    """Success of the greedy policy in the true simulator, and in imagination from the same first frames."""
+    contexts = [LiberoContext(task, CHECK_SEED + number) for task in config.task_ids for number in range(config.check.episodes)]
+    env, _ = true_world(config, device)
+    try:
+        lines = play(policy, env, contexts, folder, "check", config.seed)
+    finally:
+        env.close()
+    data = ChunkData(load_episodes(folder), config.policy.chunk_size, device)
+    imagined = imagined_success(policy, *load_world(run, device), data.starts([(k, 0) for k in range(len(data.tracks))]),
+                                step_limit(config.task) // config.policy.chunk_size, config.virtual.stop)
+    return {"true_success": sum(line["oracle_stop"] for line in lines) / len(lines), "imagined_success": imagined.mean()}
 
 
 def virtual_world(config, run, device):

@@ -113,6 +113,37 @@ def test_rl_runs_in_the_true_simulator_with_the_same_code(finished, tmp_path):
     assert (folder / "imagine" / "model.safetensors").exists()
 
 
+def test_the_rival_clones_the_explored_successes_too(finished, tmp_path):
+    folder = copy_of(finished, tmp_path, ["imagine", "evaluate"])
+    for number, path in enumerate(sorted((folder / "explore").glob("*.npz"))):  # the tiny policy has none: make one
+        arrays = dict(np.load(path))
+        arrays["success"] = np.zeros_like(arrays["success"])
+        arrays["success"][-1] = number == 0
+        np.savez(path, **arrays)
+    command = ["train.py", *TINY, "--stages", "imagine", "--rl_env", "none", "--output_dir", folder]
+    assert run(*command).returncode == 0
+    first = load_file(folder / "imagine" / "model.safetensors")
+    path = sorted((folder / "explore").glob("*.npz"))[2]  # of the other task; every second one is held out
+    arrays = dict(np.load(path))
+    arrays["success"][-1] = True
+    np.savez(path, **arrays)
+    shutil.rmtree(folder / "imagine")
+    assert run(*command).returncode == 0
+    again = load_file(folder / "imagine" / "model.safetensors")
+    assert any(not torch.equal(first[key], again[key]) for key in first), "another success must change what is cloned"
+
+
+def test_both_worlds_are_looked_at_between_rl_iterations(finished, tmp_path):
+    folder = copy_of(finished, tmp_path, ["imagine", "evaluate"])
+    process = run("train.py", *TINY, "--stages", "imagine", "--ppo.iterations", 1, "--check.every", 1, "--check.episodes", 1,
+                  "--output_dir", folder)
+    assert process.returncode == 0, process.stderr
+    looks = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines() if '"check"' in line]
+    assert [look["step"] for look in looks] == [1] and {"true_success", "imagined_success"} <= set(looks[0])
+    seeds = {json.loads(line)["seed"] for line in (folder / "imagine" / "check_0001" / "episodes.jsonl").read_text().splitlines()}
+    assert min(seeds) >= 20_000_000, "the benchmark's states are for evaluation alone"
+
+
 def test_evaluate_is_a_command_of_its_own_that_goes_on_where_it_was(finished):
     command = ["evaluate.py", "--checkpoint", finished[0], "--task_ids", 0, "--episodes", 1, "--device", "cpu"]
     first = run(*command)
