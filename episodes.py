@@ -191,27 +191,34 @@ class ChunkData:
         self.frames = [(k, t) for k, track in enumerate(self.tracks) for t in range(len(track.images))]
         self.index = [(k, t) for k, t in self.frames if t < len(self.tracks[k].actions)]  # frames with a successor
 
-    def world_batch(self, size, generator) -> dict:
-        """Histories for the world simulator, each up to a frame drawn evenly."""
-        return self.histories([self.index[i] for i in torch.randint(len(self.index), (size,), generator=generator)])
+    def world_batch(self, size, generator, transitions=1024) -> dict:
+        """What the world simulator learns from: `size` next pictures, and many more steps of the hand, which are cheap."""
+        return self.picture_batch(size, generator) | {"transitions": self.transitions(self._draw(transitions, generator))}
 
-    def histories(self, picks) -> dict:
-        """The history up to frame t of track k for every (k, t) in `picks`, padded with zeros to the longest.
+    def picture_batch(self, size, generator) -> dict:
+        return self.pictures(self._draw(size, generator))
 
-        -> memory (B, F, V, 3, H, W) and target (B, V, 3, H, W) uint8: the memory frames, frame t + 1;
-        states (B, T+1, 8), actions (B, T, L, 7), time (B,): t
+    def _draw(self, count, generator):
+        return [self.index[i] for i in torch.randint(len(self.index), (count,), generator=generator)]
+
+    def pictures(self, picks) -> dict:
+        """Frame t + 1 of track k for every (k, t) in `picks`, and what leads to it.
+
+        -> memory (B, F, V, 3, H, W) and target (B, V, 3, H, W) uint8, memory_states (B, F, 8), next_state (B, 8),
+        previous_actions and actions (B, L, 7)
         """
-        def lay(name, ahead):
-            rows = [getattr(self.tracks[k], name)[:t + 1 + ahead] for k, t in picks]
-            whole = np.zeros((len(rows), max(map(len, rows)), *rows[0].shape[1:]), rows[0].dtype)
-            for row, values in zip(whole, rows):
-                row[:len(values)] = values
-            return torch.from_numpy(whole).to(self.device)
-        images = [(self.tracks[k].images, t) for k, t in picks]
-        return {"memory": _stack([frames[memory_index(t)] for frames, t in images], self.device),
-                "target": _stack([frames[t + 1] for frames, t in images], self.device),
-                "states": lay("states", 1), "actions": lay("actions", 0),
-                "time": torch.tensor([t for _, t in picks], device=self.device)}
+        memory = [(self.tracks[k], memory_index(t).numpy()) for k, t in picks]
+        _, previous_actions, actions, next_state = self.transitions(picks)
+        return {"memory": _stack([track.images[frames] for track, frames in memory], self.device),
+                "memory_states": _stack([track.states[frames] for track, frames in memory], self.device),
+                "target": _stack([self.tracks[k].images[t + 1] for k, t in picks], self.device),
+                "next_state": next_state, "previous_actions": previous_actions, "actions": actions}
+
+    def transitions(self, picks) -> list[torch.Tensor]:
+        """State (B, 8), previous and next chunk (B, L, 7), next state (B, 8) at frame t of track k."""
+        tracks = [(self.tracks[k], t) for k, t in picks]
+        return [_stack(values, self.device) for values in zip(*(
+            (track.states[t], self._previous(track, t), track.actions[t], track.states[t + 1]) for track, t in tracks))]
 
     def _previous(self, track, t):
         return track.actions[t - 1] if t else np.zeros((self.chunk_size, 7), np.float32)
@@ -231,6 +238,11 @@ class ChunkData:
         """Start contexts at frame t of track k for every (k, t) in `picks`."""
         return [StartContext(self.tracks[k].images[t], self.tracks[k].states[t], self.episodes[k].instruction,
                              self._previous(self.tracks[k], t), self.episodes[k].task_id) for k, t in picks]
+
+
+def joined(a, b) -> dict:
+    """Two batches as one."""
+    return {key: torch.cat([a[key], b[key]]) if torch.is_tensor(a[key]) else a[key] + b[key] for key in a}
 
 
 def _stack(arrays, device) -> torch.Tensor:

@@ -39,10 +39,11 @@ VIEWS = ("agentview", "wrist")
 # Imagining what was recorded
 # ---------------------------------------------------------------------------------------------------------------------
 def open_loop(world: WorldModel, reflector: Reflector | None, data: ChunkData, picks, horizon, actions_of=None, seed=0,
-              batch=32):
+              batch=32, true_states=False):
     """Imagine at most `horizon` chunks from frame t of track k on, with the recorded actions, for every (k, t).
 
-    actions_of: (k, t) pairs whose actions are played instead. Yields, in order, frames (T+1, V, 3, H, W) uint8, states
+    actions_of: (k, t) pairs whose actions are played instead. true_states: the robot goes where it truly went, so that
+    the pictures alone are imagined, of what truly happened. Yields, in order, frames (T+1, V, 3, H, W) uint8, states
     (T+1, 8) and the reflector's scores (T,), NaN without a reflector.
     """
     for first in range(0, len(picks), batch):
@@ -52,28 +53,31 @@ def open_loop(world: WorldModel, reflector: Reflector | None, data: ChunkData, p
         length = torch.tensor([min(len(rows), len(data.tracks[k].actions) - t) for rows, (k, t) in zip(chunks, here)])
         T = int(length.max())
         actions = np.zeros((len(here), T, *chunks[0].shape[1:]), np.float32)
-        for row, rows in zip(actions, chunks):
+        states = torch.zeros(len(here), T, 8)
+        for row, rows, going, (k, t) in zip(actions, chunks, states, here):
             row[:len(rows)] = rows[:T]
+            truth = torch.from_numpy(data.tracks[k].states[t + 1:t + 1 + T])
+            going[:len(truth)] = truth
         config = VirtualEnvConfig(horizon=T, stop=StopRule(eta=2.0), shared_noise=False, seed=seed + first)  # no score stops it
         env = VirtualEnv(world, reflector, config, len(here))
         env.reset(data.starts(here))
         scores = []
         for t in range(T):
             env.alive = length.to(env.device) > t
-            scores.append(env.step(torch.from_numpy(actions[:, t]))[4]["score"])
+            scores.append(env.step(torch.from_numpy(actions[:, t]), states[:, t] if true_states else None)[4]["score"])
         scores = torch.stack(scores, dim=1).cpu().numpy()  # (b, T)
         for row, T_row in enumerate(length.tolist()):
             yield (env.frames[row, :T_row + 1].cpu().numpy(), env.states[row, :T_row + 1].cpu().numpy(),
                    scores[row, :T_row])
 
 
-def imagine_episodes(world, reflector, episodes, seed=0) -> tuple[list[Episode], list[np.ndarray]]:
+def imagine_episodes(world, reflector, episodes, seed=0, true_states=False) -> tuple[list[Episode], list[np.ndarray]]:
     """Each episode imagined from its first frame, with its TRUE success labels; and the scores (T,) of its frames."""
     chunk_size = world.config.chunk_size
     data = ChunkData(episodes, chunk_size, next(world.parameters()).device, every_offset=False)
     order = sorted(range(len(episodes)), key=lambda k: len(data.tracks[k].actions))  # of one length, batch by batch
     imagined, scores = [None] * len(episodes), [None] * len(episodes)
-    played = open_loop(world, reflector, data, [(k, 0) for k in order], horizon=10_000, seed=seed)
+    played = open_loop(world, reflector, data, [(k, 0) for k in order], horizon=10_000, seed=seed, true_states=true_states)
     for k, (frames, states, scores[k]) in zip(order, played):
         track = data.tracks[k]
         actions = track.actions.reshape(-1, 7)

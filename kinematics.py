@@ -1,9 +1,10 @@
 """Where the robot will be after a chunk of actions, and what its fingers will close on.
 
 World-Env (section 3.2) takes the next robot state from kinematics. That is enough for the hand: a gain for every
-command, and a learned correction for a controller that lags behind. It is not enough for the fingers. Whether they
-close on an object or on air is the outcome of a grasp, it depends on what the pictures show, and all that is imagined
-later hangs on it. So the opening is a categorical distribution that is read off the surroundings of the hand:
+command, and a learned correction for a controller that lags behind, are right to a millimetre or two in free air. It is
+not enough for the fingers. Whether they close on an object or on air depends on what the pictures show, and all that is
+imagined later hangs on it. So their opening is read off the surroundings of the hand, as a categorical distribution,
+because the mean of two outcomes is neither:
 
     wrist picture, now and warped to the next pose ──┐
     agent view around the hand, now and next ────────┼─► small conv net ─► P(opening), 4 mm a bin
@@ -74,7 +75,7 @@ def moved(state: Tensor, change: Tensor) -> Tensor:
 
 
 class GraspPredictor(nn.Module):
-    """How far open the fingers are after a chunk: logits over BINS openings of one hand."""
+    """How far open the fingers are after a chunk: logits over BINS openings."""
 
     def __init__(self, chunk_size: int, image_size: int, channels: int, dropout: float):
         super().__init__()
@@ -101,7 +102,7 @@ def surroundings(images: Tensor, state: Tensor, next_pose: Tensor, previous_acti
                  cameras: Cameras, normalizer: Normalizer) -> tuple[Tensor, Tensor]:
     """What a grasp depends on, as seen from the hand: pictures (B, 13, H, W), features (B, 14 L + 22).
 
-    images (B, V, 3, H, W) in [-1, 1]; next_pose (B, 8): `state` moved. Where the hand is in the room is left out: a
+    images (B, V, 3, H, W) in [-1, 1]; next_pose (B, 8): `state` moved by kinematics. Where the hand is in the room is left out: a
     grasp here is a grasp there, which makes examples of all.
     """
     agent, wrist = images[:, 0], images[:, 1]

@@ -15,11 +15,13 @@ import contextlib
 import io
 import multiprocessing
 import os
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 
 import gymnasium
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from geometry import Camera, Cameras
 from runs import UserError
@@ -341,6 +343,15 @@ def single_threaded_children():
                 os.environ.pop(name)
             else:
                 os.environ[name] = value
+
+
+def in_processes(function, arguments, num_procs, name, unit):
+    """Call a top-level function with every tuple of arguments, one process a core, under a progress bar."""
+    with single_threaded_children(), ProcessPoolExecutor(
+            num_procs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(function, *values) for values in arguments]
+        for future in tqdm(as_completed(futures), total=len(futures), desc=name, unit=unit):
+            future.result()
 
 
 def _worker(pipe, suite, image_size, mesh_cell):

@@ -13,10 +13,8 @@ skipped; a killed run goes on where it was with the same command. To redo a stag
 """
 from __future__ import annotations
 
-import multiprocessing
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -27,19 +25,19 @@ from tqdm import tqdm
 
 import report
 from demonstrations import collect_demonstrations, read_demonstrations
-from episodes import ChunkData, CloneData, Normalizer, StartContext, load_episodes
+from episodes import ChunkData, CloneData, Normalizer, StartContext, joined, load_episodes
 from evaluate import (EvaluateConfig, compare, evaluate_policies, film, imagined_success, load_policies, pick_device,
                       play, proportion)
 from fidelity import (check_trust, frame_logits, frame_scores, horizon_errors, imagine_episodes, outcome_agreement,
                       reflector_quality)
 from geometry import Cameras
-from libero_env import LiberoContext, LiberoTask, LiberoVectorEnv, load_suite, single_threaded_children, step_limit
+from libero_env import LiberoContext, LiberoTask, LiberoVectorEnv, in_processes, load_suite, step_limit
 from policy import Policy, PolicyConfig, clone_loss
 from ppo import PPOConfig, add_lora, improve, make_optimizer, merge_lora
 from reflector import Reflector, ReflectorConfig, calibrate, reflector_loss
 from runs import (FitConfig, Run, UserError, clear_errors, fit, load_resume, read_json, save_resume, step_generator,
                   write_json)
-from world_model import VirtualEnv, VirtualEnvConfig, WorldModel, WorldModelConfig, world_model_loss
+from world_model import VirtualEnv, VirtualEnvConfig, WorldModel, WorldModelConfig, grasp_loss, world_model_loss
 
 Stage = Literal["demonstrate", "clone", "explore", "simulate", "reflect", "imagine", "evaluate"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -87,6 +85,7 @@ class TrainConfig:
     explore: ExploreConfig = field(default_factory=ExploreConfig)
     world_model: WorldModelConfig = field(default_factory=lambda: WorldModelConfig(channels=(32, 64, 96)))
     simulate: FitConfig = field(default_factory=lambda: FitConfig(steps=1500, batch_size=16, lr=1e-3))
+    grasp: FitConfig = field(default_factory=lambda: FitConfig(steps=800, batch_size=64, lr=1e-3, weight_decay=0.05))
     reflector: ReflectorConfig = field(default_factory=ReflectorConfig)
     reflect: FitConfig = field(default_factory=lambda: FitConfig(steps=600, batch_size=32, lr=1e-3, weight_decay=0.1))
     virtual: VirtualEnvConfig = field(default_factory=VirtualEnvConfig)
@@ -103,6 +102,7 @@ def tiny() -> TrainConfig:
         preset="tiny", task_ids=(0, 1), num_demos=1, trust_world=True, policy=PolicyConfig.tiny(),
         clone=FitConfig(steps=60, batch_size=16, **fast), explore=ExploreConfig(episodes=2, held_out=1),
         world_model=WorldModelConfig(channels=(16, 32, 32), patch=4), simulate=FitConfig(steps=30, batch_size=8, **fast),
+        grasp=FitConfig(steps=20, batch_size=8, **fast),
         reflector=ReflectorConfig(channels=16, width=32), reflect=FitConfig(steps=30, batch_size=8, **fast),
         virtual=VirtualEnvConfig(horizon=3), ppo=PPOConfig(iterations=2, groups=2, group_size=4, minibatch=32),
         evaluate=EvaluateConfig(episodes=1))
@@ -142,7 +142,7 @@ def train(config: TrainConfig):
 def stage_settings(config, name) -> dict:
     """The part of the configuration that a finished stage depends on directly."""
     sections = {"demonstrate": ("demos", "num_demos"), "clone": ("policy", "clone"), "explore": ("explore",),
-                "simulate": ("world_model", "simulate"), "reflect": ("reflector", "reflect"),
+                "simulate": ("world_model", "simulate", "grasp"), "reflect": ("reflector", "reflect"),
                 "imagine": ("virtual", "start", "ppo", "check", "rl_env"), "evaluate": ("evaluate",)}
     values = asdict(config)
     return {key: values[key] for key in ("task", "task_ids", "seed", *sections[name])}
@@ -173,15 +173,6 @@ def demonstrate(config, run, folder, device):
     task.reset(seed=config.seed)
     write_json(folder / "cameras.json", task.cameras().to_dict())
     task.close()
-
-
-def in_processes(function, arguments, num_procs, name, unit):
-    """Call a top-level function with every tuple of arguments, one process a core, under a progress bar."""
-    with single_threaded_children(), ProcessPoolExecutor(
-            num_procs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(function, *values) for values in arguments]
-        for future in tqdm(as_completed(futures), total=len(futures), desc=name, unit=unit):
-            future.result()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,40 +225,52 @@ def explored(config, run):
 # 4 simulate, 5 reflect
 # ---------------------------------------------------------------------------------------------------------------------
 def simulate(config, run, folder, device):
-    """The world simulator, trained on demonstrations + exploration; its error on held-out episodes."""
+    """The world simulator, trained on demonstrations + exploration; its error on held-out episodes.
+
+    What the fingers close on is learned last, from true pictures and from the simulator's own copies of them (same
+    actions, same states), which reflect uses as well: in imagination nothing else will be seen.
+    """
     normalizer = Normalizer.from_dict(read_json(run.path("demonstrate") / "normalizer.json"))
     cameras = Cameras.from_dict(read_json(run.path("demonstrate") / "cameras.json"))
     training, held_out = explored(config, run)
-    data = ChunkData(demonstrations(run) + training, config.policy.chunk_size, device)
+    recorded, L = demonstrations(run) + training, config.policy.chunk_size
+    data = ChunkData(recorded, L, device)
     torch.manual_seed(config.seed)
     world = WorldModel(config.world_model, cameras, normalizer).to(device)
     fit("simulate", world, lambda step, generator: data.world_batch(config.simulate.batch_size, generator),
         world_model_loss, config.simulate, folder, config.seed, device,
         lambda step, metrics: run.log("simulate", step, metrics))
+    for part in ("imagined", "grasp"):
+        (folder / part).mkdir(exist_ok=True)
+    for number, episode in enumerate(imagine_episodes(world, None, recorded, true_states=True)[0]):
+        episode.save(folder / "imagined" / f"{number:05d}.npz")
+    copies, half = ChunkData(load_episodes(folder / "imagined"), L, device), config.grasp.batch_size // 2
+    fit("grasp", world.grasp_predictor,
+        lambda step, generator: joined(data.picture_batch(half, generator), copies.picture_batch(half, generator)),
+        lambda _, batch, generator: grasp_loss(world, batch, generator), config.grasp, folder / "grasp", config.seed, device,
+        lambda step, metrics: run.log("grasp", step, metrics))
     world.save_pretrained(folder)
     write_json(folder / "held_out.json", horizon_errors(world, held_out, horizons=(1, 5, 10)))
 
 
 def reflect(config, run, folder, device):
-    """The reflector, trained on true frames and on the same episodes as the world simulator imagines them.
+    """The reflector, trained on true frames and on the world simulator's copies of them, which bear the true labels.
 
-    An imagined frame bears the label of the true one: what truly happened under the same actions. Calibrated on the
-    held-out episodes, true and imagined; their quality is kept.
+    Calibrated on the held-out episodes, true and imagined; their quality is kept.
     """
     training, held_out = explored(config, run)
     world = frozen(WorldModel, run.path("simulate"), device)
     L, size = config.policy.chunk_size, config.reflect.batch_size
-    recorded = demonstrations(run) + training
-    true = ChunkData(recorded, L, device)
-    imagined = ChunkData(imagine_episodes(world, None, recorded)[0], L, device)
+    true = ChunkData(demonstrations(run) + training, L, device)
+    imagined = ChunkData(load_episodes(run.path("simulate") / "imagined"), L, device)
     torch.manual_seed(config.seed)
     reflector = Reflector(config.reflector).to(device)
-    fit("reflect", reflector, lambda step, generator: both(true.frame_batch(size // 2, generator),
+    fit("reflect", reflector, lambda step, generator: joined(true.frame_batch(size // 2, generator),
                                                            imagined.frame_batch(size - size // 2, generator)),
         reflector_loss, config.reflect, folder, config.seed, device,
         lambda step, metrics: run.log("reflect", step, metrics))
     worlds = {"true": held_out, "imagined": imagine_episodes(world, None, held_out, seed=1)[0]}
-    everything = worlds["true"] + worlds["imagined"]
+    everything = held_out + imagine_episodes(world, None, held_out, seed=1, true_states=True)[0]
     labels = torch.cat([torch.from_numpy(episode.chunks(L).success).float() for episode in everything])
     calibrate(reflector, torch.cat(frame_logits(reflector, everything, L)).cpu(), labels)
     reflector.save_pretrained(folder)
@@ -275,11 +278,6 @@ def reflect(config, run, folder, device):
     write_json(folder / "held_out.json", {
         name: reflector_quality(reflector, episodes, L, rule, scores[name]) |
         {"outcome": outcome_agreement(scores[name], held_out, rule)} for name, episodes in worlds.items()})
-
-
-def both(a, b) -> dict:
-    """Two batches as one."""
-    return {key: torch.cat([a[key], b[key]]) if torch.is_tensor(a[key]) else a[key] + b[key] for key in a}
 
 
 def load_world(run, device):

@@ -145,13 +145,13 @@ class WorldModel(nn.Module):
         std = torch.tensor(config.residual_std).repeat_interleave(3).view(1, 6, 1, 1)
         self.register_buffer("residual_std", std, persistent=False)  # (1, V*3, 1, 1)
 
-    def predict_change(self, state: Tensor, previous_actions: Tensor, actions: Tensor) -> Tensor:
-        """-> (B, 6): shift (m), turn in world axes (rad)."""
-        return self.pose_predictor(state_features(state, self.normalizer), previous_actions, actions)
+    def predict_pose(self, state: Tensor, previous_actions: Tensor, actions: Tensor) -> Tensor:
+        """The state (B, 8) after a chunk, save for the fingers."""
+        return moved(state, self.pose_predictor(state_features(state, self.normalizer), previous_actions, actions))
 
-    def grasp_logits(self, images: Tensor, state: Tensor, next_pose: Tensor, previous_actions: Tensor,
-                     actions: Tensor) -> Tensor:
-        """Of the fingers' opening after the chunk; images (B, V, 3, H, W) in [-1, 1] are now."""
+    def grasp_logits(self, images: Tensor, state: Tensor, previous_actions: Tensor, actions: Tensor) -> Tensor:
+        """(B, BINS) of the fingers' opening after a chunk; images (B, V, 3, H, W) in [-1, 1] are now."""
+        next_pose = self.predict_pose(state, previous_actions, actions)
         return self.grasp_predictor(*surroundings(images, state, next_pose, previous_actions, actions, self.cameras,
                                                   self.normalizer))
 
@@ -163,9 +163,8 @@ class WorldModel(nn.Module):
         images uint8 (B, V, 3, H, W) and state (B, 8) are now; previous_actions and actions (B, L, 7) are the chunk that
         led here and the one to play; uniform (B,) in [0, 1] draws the fingers' opening, 0.5 for the median.
         """
-        next_pose = moved(state, self.predict_change(state, previous_actions, actions))
-        logits = self.grasp_logits(to_float(images), state, next_pose, previous_actions, actions)
-        return with_opening(next_pose, draw_opening(logits, uniform))
+        logits = self.grasp_logits(to_float(images), state, previous_actions, actions)
+        return with_opening(self.predict_pose(state, previous_actions, actions), draw_opening(logits, uniform))
 
     def condition(self, memory: Tensor, memory_states: Tensor, next_state: Tensor) -> tuple[Tensor, Tensor]:
         """Memory (B, F, V, 3, H, W) in [-1, 1], its states (B, F, 8) -> base (B, V*3, H, W) and the context
@@ -258,30 +257,11 @@ def noised(memory: Tensor, most: float, generator: torch.Generator) -> Tensor:
     return torch.cat([memory[:, :1], memory[:, 1:] + noise], dim=1)
 
 
-def pose_error(model: WorldModel, batch: dict) -> Tensor:
-    """Predicted minus true change of the hand's pose, (N, 6), over all N transitions of the histories."""
-    states, actions = batch["states"], batch["actions"]
-    played = torch.arange(actions.shape[1], device=actions.device) <= batch["time"][:, None]  # (B, T)
-    state, next_state = states[:, :-1][played], states[:, 1:][played]  # (N, 8)
-    true = torch.cat([next_state[:, :3] - state[:, :3], turn_between(state, next_state)], dim=1)
-    return model.predict_change(state, previous(actions)[played], actions[played]) - true
-
-
-def previous(actions: Tensor) -> Tensor:
-    """Chunks (B, T, L, 7) -> the chunk before each; zeros before the first."""
-    return torch.cat([torch.zeros_like(actions[:, :1]), actions[:, :-1]], dim=1)
-
-
 def world_model_loss(model: WorldModel, batch: dict, generator: torch.Generator) -> tuple[Tensor, dict]:
-    """EDM's loss on the residual + squared error of the hand's change in units of its scale + cross-entropy of the grasp.
-
-    batch: `ChunkData.histories`; the last transition of each is learned, the hand's pose from all transitions.
-    """
-    row, time = torch.arange(len(batch["time"]), device=batch["time"].device), batch["time"]
-    states, actions = batch["states"], batch["actions"][row, time]
-    state, next_state = states[row, time], states[row, time + 1]
+    """EDM's loss on the residual + L1 of the hand's change in units of its scale. batch: `ChunkData.world_batch`."""
     memory = noised(to_float(batch["memory"]), model.config.memory_noise, generator)
-    memory_states = states[row[:, None], memory_index(time.cpu()).to(time.device)]  # (B, F, 8)
+    memory_states, next_state, actions = batch["memory_states"], batch["next_state"], batch["actions"]
+    state = memory_states[:, -1]
     base, context = model.condition(memory, memory_states, next_state)
     clean = (to_float(batch["target"]).flatten(1, 2) - base) / model.residual_std  # (B, V*3, H, W)
     sigma = draw_sigmas(model.config, len(clean), generator, clean.device)
@@ -291,21 +271,27 @@ def world_model_loss(model: WorldModel, batch: dict, generator: torch.Generator)
     weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2  # 1 / c_out^2: all levels count alike
     denoising = weight * error.mean(dim=(1, 2, 3))  # (B,)
 
-    wrong = pose_error(model, batch)
-    pose_loss = (wrong / model.pose_predictor.scale).square().mean()
-    next_pose = torch.cat([next_state[:, :6], state[:, 6:]], dim=1)
-    logits = model.grasp_logits(memory[:, -1], state, next_pose, previous(batch["actions"])[row, time], actions)
-    grasp_loss = F.cross_entropy(logits, opening_bin(next_state))
-    loss = denoising.mean() + pose_loss + grasp_loss
+    before, previous_actions, played, after = batch["transitions"]
+    change = torch.cat([after[:, :3] - before[:, :3], turn_between(before, after)], dim=1)  # (N, 6)
+    wrong = model.pose_predictor(state_features(before, model.normalizer), previous_actions, played) - change
+    pose_loss = (wrong / model.pose_predictor.scale).abs().mean()
+    loss = denoising.mean() + pose_loss
 
     with torch.no_grad():
         levels = zip(("low", "middle", "high"), denoising[sigma.argsort()].tensor_split(3))
         pixel_mse = (error * model.residual_std**2).mean(dim=(0, 2, 3)) / 4  # (V*3,), pictures in [0, 1]
-        metrics = {"loss": loss, "pose_loss": pose_loss, "grasp_loss": grasp_loss,
-                   "state_mm": wrong[:, :3].norm(dim=1).mean() * 1000,
+        metrics = {"loss": loss, "pose_loss": pose_loss, "state_mm": wrong[:, :3].norm(dim=1).mean() * 1000,
                    "pixel_mse_agentview": pixel_mse[:3].mean(), "pixel_mse_wrist": pixel_mse[3:].mean()}
         metrics |= {f"loss_{name}_noise": part.mean() for name, part in levels}
     return loss, {name: value.item() for name, value in metrics.items()}
+
+
+def grasp_loss(model: WorldModel, batch: dict, generator: torch.Generator) -> tuple[Tensor, dict]:
+    """Cross-entropy of the fingers' opening after a chunk. batch: `ChunkData.pictures`, true and imagined ones."""
+    images, state = noised(to_float(batch["memory"]), model.config.memory_noise, generator)[:, -1], batch["memory_states"][:, -1]
+    logits, target = model.grasp_logits(images, state, batch["previous_actions"], batch["actions"]), opening_bin(batch["next_state"])
+    loss = F.cross_entropy(logits, target)
+    return loss, {"loss": loss.item(), "accuracy": (logits.argmax(dim=1) == target).float().mean().item()}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -379,8 +365,11 @@ class VirtualEnv(gym.vector.VectorEnv):
                 "instruction": list(self.instruction)}
 
     @torch.no_grad()
-    def step(self, actions: Tensor):
-        """Chunks (B, L, 7) in environment units -> obs, reward, terminated, truncated, {"score": (B,)}."""
+    def step(self, actions: Tensor, next_state: Tensor | None = None):
+        """Chunks (B, L, 7) in environment units -> obs, reward, terminated, truncated, {"score": (B,)}.
+
+        next_state (B, 8): where the robot truly went; without it, it is predicted.
+        """
         score = torch.full((self.num_envs,), torch.nan, device=self.device)
         size, groups = self.model.config.image_size, -(-self.num_envs // self.group_size)
         noise = normal((groups, 6, size, size), self.generator, self.device)  # for all slots, alive or not
@@ -389,7 +378,8 @@ class VirtualEnv(gym.vector.VectorEnv):
         slots = self.alive.nonzero().flatten()  # (b,)
         if len(slots):
             group = slots // self.group_size
-            self.imagine(slots, actions.to(self.device).float()[slots], noise[group], uniform[group])
+            given = None if next_state is None else next_state.to(self.device)[slots]
+            self.imagine(slots, actions.to(self.device).float()[slots], noise[group], uniform[group], given)
         if len(slots) and self.reflector is not None:
             now, instruction = self.time[slots], [self.instruction[i] for i in slots.tolist()]
             first, before, current = (self.frames[slots, t] for t in (torch.zeros_like(now), now - 1, now))
@@ -403,12 +393,13 @@ class VirtualEnv(gym.vector.VectorEnv):
         self.alive &= ~(terminated | truncated)
         return self.observe(), reward, terminated, truncated, {"score": score}
 
-    def imagine(self, slots: Tensor, actions: Tensor, noise: Tensor, uniform: Tensor):
+    def imagine(self, slots: Tensor, actions: Tensor, noise: Tensor, uniform: Tensor, next_state: Tensor | None):
         """Append the next state and frames to the history of `slots` (b,)."""
         time = self.time[slots]
         memory = slots[:, None], memory_index(time.cpu()).to(self.device)  # (b, 1), (b, F)
-        next_state = self.model.predict_state(self.frames[slots, time], self.states[slots, time],
-                                              self.previous_actions[slots], actions, uniform)
+        if next_state is None:
+            next_state = self.model.predict_state(self.frames[slots, time], self.states[slots, time],
+                                                  self.previous_actions[slots], actions, uniform)
         images = self.model.sample(self.frames[memory], self.states[memory], next_state, actions, noise)
         self.frames[slots, time + 1], self.states[slots, time + 1] = images, next_state
         self.previous_actions[slots], self.time[slots] = actions, time + 1

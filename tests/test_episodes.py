@@ -29,21 +29,24 @@ def test_chunks_pair_frames_with_the_actions_between_them(stride, offset):
 def test_the_world_learns_what_was_executed_and_the_policy_what_was_wanted():
     episode = make_episode(stride=8)
     episode.executed = episode.actions + 100
-    assert ChunkData([episode], 8, "cpu").histories([(0, 0)])["actions"][0, 0, :, 0].tolist() == list(range(100, 108))
+    assert ChunkData([episode], 8, "cpu").pictures([(0, 0)])["actions"][0, :, 0].tolist() == list(range(100, 108))
     batch = CloneData([episode], Normalizer([-1.0] * 7, [1.0] * 7, [-1.0] * 8, [1.0] * 8), 8, "cpu").batch(
         4, torch.Generator().manual_seed(0))
     assert batch["actions"].max() < 100
 
 
-def test_a_world_batch_holds_histories_up_to_the_target_padded_with_zeros():
+def test_a_world_batch_pairs_memory_and_next_frame_with_the_chunks_around_them():
     data = ChunkData([make_episode(stride=8)], 8, "cpu")
-    batch = data.histories([(0, 4), (0, 0)])
-    assert batch["time"].tolist() == [4, 0]
+    batch = data.pictures([(0, 4), (0, 0)])
     assert batch["memory"][:, :, 0, 0, 0, 0].tolist() == [[0, 8, 16, 32], [0, 0, 0, 0]]  # frames 0, 1, 2, 4
-    assert batch["target"][:, 0, 0, 0, 0].tolist() == [40, 8]
-    assert batch["states"][:, :, 0].tolist() == [[0, 8, 16, 24, 32, 40], [0, 8, 0, 0, 0, 0]]
-    assert batch["actions"][:, :, 0, 0].tolist() == [[0, 8, 16, 24, 32], [0, 0, 0, 0, 0]]
-    assert batch["actions"][0, 4, 7, 0] == 39
+    assert batch["memory_states"][:, :, 0].tolist() == [[0, 8, 16, 32], [0, 0, 0, 0]]
+    assert batch["target"][:, 0, 0, 0, 0].tolist() == batch["next_state"][:, 0].tolist() == [40, 8]
+    assert batch["actions"][:, 0, 0].tolist() == [32, 0] and batch["previous_actions"][:, 7, 0].tolist() == [31, 0]
+    many = data.world_batch(3, torch.Generator().manual_seed(0), transitions=50)
+    assert len(many["target"]) == 3
+    state, previous, actions, after = many["transitions"]
+    assert len(state) == 50 and torch.equal(after[:, 0] - state[:, 0], torch.full((50,), 8.0))
+    assert torch.equal(actions[:, 0, 0], state[:, 0]) and torch.equal(previous[:, 0, 0], (state[:, 0] - 8).clamp(min=0))
 
 
 def test_demonstrations_are_cut_at_every_offset_and_exploration_once():

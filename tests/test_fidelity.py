@@ -72,6 +72,10 @@ def test_a_perfect_world_has_no_error_whatever_the_lengths_and_other_actions_are
     for track, (frames, states, scores) in zip(data.tracks, played):
         assert np.array_equal(frames, track.images) and np.allclose(states, track.states, atol=1e-6)
         assert np.isnan(scores).all() and len(scores) == len(track.actions)
+    lost = Mover()
+    lost.predict_state = lambda images, state, *_: state + 1
+    for track, (frames, states, _) in zip(data.tracks, open_loop(lost, None, data, [(k, 0) for k in range(4)], 10, true_states=True)):
+        assert np.array_equal(states, track.states), "the robot goes where it truly went"
     errors = horizon_errors(Mover(), EPISODES, horizons=(1, 2), every=1)
     assert errors["psnr_wrist_2_predicted"] == 100 and errors["ssim_agentview_1_predicted"] == 1
     assert errors["psnr_wrist_2_still"] < 30 and errors["psnr_wrist_2_shuffled"] < 40

@@ -16,7 +16,7 @@ from geometry import Camera, Cameras
 from reflector import StopRule
 from runs import UserError
 from world_model import (VirtualEnv, VirtualEnvConfig, WorldModel, WorldModelConfig, draw_sigmas, euler,
-                         noise_levels, normal, pose_error, preconditioning, world_model_loss)
+                         grasp_loss, noise_levels, normal, preconditioning, world_model_loss)
 
 torch.set_num_threads(1)
 AGENTVIEW = Camera(45.0, [0.9, 0.0, 0.65], [[0.0, -0.6, 0.8], [1.0, 0.0, 0.0], [0.0, 0.8, 0.6]])
@@ -123,8 +123,10 @@ def toy_batch(B, seed=0, size=16):
     state, moved = START.repeat(B, 1), torch.zeros(B, 8)
     moved[:, 0] = 0.05 * shift / 4
     frame = draw(place)
-    return {"memory": frame[:, None].expand(-1, 4, *frame.shape[1:]), "target": draw(place + shift), "actions": actions[:, None],
-            "states": torch.stack([state, state + moved], dim=1), "time": torch.zeros(B, dtype=torch.long)}
+    none = torch.zeros_like(actions)
+    return {"memory": frame[:, None].expand(-1, 4, *frame.shape[1:]), "target": draw(place + shift), "actions": actions,
+            "memory_states": state[:, None].expand(B, 4, 8), "next_state": state + moved, "previous_actions": none,
+            "transitions": [state, none, actions, state + moved]}
 
 
 def test_overfits_one_batch_and_then_a_shuffled_action_makes_it_worse():
@@ -141,8 +143,7 @@ def test_overfits_one_batch_and_then_a_shuffled_action_makes_it_worse():
 
     def mse(order):
         noise = normal((8, 6, 16, 16), torch.Generator().manual_seed(0), torch.device("cpu"))
-        states = batch["states"][:, :1].repeat_interleave(4, dim=1)
-        images = model.sample(batch["memory"], states, batch["states"][order, 1], batch["actions"][order, 0], noise)
+        images = model.sample(batch["memory"], batch["memory_states"], batch["next_state"][order], batch["actions"][order], noise)
         return ((images.float() - target) / 255).square().mean()
 
     target = batch["target"].float()
@@ -161,18 +162,17 @@ def test_the_loss_depends_on_its_generator_alone():
     assert first == again and first != other
 
 
-def test_the_pose_is_learned_from_every_transition_of_a_history_and_no_padding():
-    model = make_model()
-    states, actions = START.repeat(2, 4, 1), torch.rand(2, 3, 4, 7, generator=torch.Generator().manual_seed(0))
-    states[:, :, 0] = torch.tensor([0.0, 0.01, 0.03, 0.06])
-    batch = {"states": states, "actions": actions, "time": torch.tensor([2, 0])}
-    wrong = pose_error(model, batch)
-    assert wrong.shape == (4, 6)
-    nothing = torch.zeros(1, 4, 7)
-    for row, (b, t) in enumerate([(0, 0), (0, 1), (0, 2), (1, 0)]):
-        before = actions[b, t - 1][None] if t else nothing
-        change = model.predict_change(states[b, t][None], before, actions[b, t][None])[0]
-        torch.testing.assert_close(wrong[row, :3], change[:3] - (states[b, t + 1] - states[b, t])[:3])
+def test_the_opening_is_seen_and_learned_apart_from_the_pictures():
+    model, batch = make_model(), toy_batch(4)
+    loss, metrics = grasp_loss(model, batch, torch.Generator().manual_seed(0))
+    loss.backward()
+    learned = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.grad is not None
+               and parameter.grad.abs().sum() > 0}
+    assert "grasp_predictor" in learned and "unet" not in learned and 0 <= metrics["accuracy"] <= 1
+    state, actions = START.expand(2, 8), torch.zeros(2, 4, 7)
+    images = torch.rand(2, 2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    logits = model.grasp_logits(images, state, actions, actions)
+    assert not torch.allclose(logits[0], logits[1]), "what the fingers close on is seen"
 
 
 @pytest.mark.parametrize("change, expected", [(3, 0), (-3, 0), (50, 46), (-50, -46)])
