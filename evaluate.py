@@ -276,7 +276,8 @@ def main(arguments: Arguments):
         print("\n".join(f"{name:45s} {value:10.2f}" for name, value in speeds.items()))
         return
     if arguments.world:
-        measure_world(arguments, run, trained, suite, task_ids, policies["cloned"], world, reflector, rule, num_procs, device)
+        measure_world(arguments, run, trained, suite, task_ids, policies["cloned"], world, reflector, rule, num_procs,
+                      device)
         return
     folder = Path(arguments.output_dir or run / f"eval_{suite}_{arguments.episodes}")
     start = time.time()

@@ -58,7 +58,7 @@ def open_loop(world: WorldModel, reflector: Reflector | None, data: ChunkData, p
             row[:len(rows)] = rows[:T]
             truth = torch.from_numpy(data.tracks[k].states[t + 1:t + 1 + T])
             going[:len(truth)] = truth
-        config = VirtualEnvConfig(horizon=T, stop=StopRule(eta=2.0), shared_noise=False, seed=seed + first)  # no score stops it
+        config = VirtualEnvConfig(horizon=T, stop=StopRule(eta=2.0), shared_noise=False, seed=seed + first)  # never stops
         env = VirtualEnv(world, reflector, config, len(here))
         env.reset(data.starts(here))
         scores = []
@@ -196,7 +196,7 @@ def reflector_quality(reflector, episodes, chunk_size, rule, scores=None) -> dic
 
 
 def outcome_agreement(scores, episodes, rule) -> dict:
-    """Verdict (the reflector would have stopped) against the truth (the goal held in some frame), with Wilson 95 % intervals.
+    """Verdict (the reflector would have stopped) against the truth (the goal held in a frame), with Wilson 95 % intervals.
 
     scores: one array an episode. false_success: of the true failures, those called successes; missed: the reverse.
     """

@@ -76,7 +76,7 @@ class TrainConfig:
     stages: tuple[Stage, ...] = STAGES  # stages to run; what they need of the others must be there
     demos: str = ""  # folder with official LIBERO HDF5 demonstrations; empty: a scripted expert makes them
     num_demos: int = 5  # demonstrations a task
-    rl_env: Literal["virtual", "libero", "none"] = "virtual"  # where RL happens: in imagination, in truth; none: clone explored successes
+    rl_env: Literal["virtual", "libero", "none"] = "virtual"  # where RL happens; none: clone successes instead
     trust_world: bool = False  # start RL even where the held-out episodes say that the imagination is no good
     device: str = "auto"  # "auto" takes the GPU where there is one; or "cpu", "cuda"
     num_procs: int = 0  # simulator processes; 0: one a core
@@ -326,7 +326,8 @@ def imagine(config, run, folder, device):
 
 def check(config, run, policy, folder, device) -> dict:
     """Success of the greedy policy in the true simulator, and in imagination from the same first frames."""
-    contexts = [LiberoContext(task, CHECK_SEED + number) for task in config.task_ids for number in range(config.check.episodes)]
+    contexts = [LiberoContext(task, CHECK_SEED + number)
+                for task in config.task_ids for number in range(config.check.episodes)]
     env, _ = true_world(config, device)
     try:
         lines = play(policy, env, contexts, folder, "check", config.seed)

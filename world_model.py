@@ -184,7 +184,8 @@ class WorldModel(nn.Module):
         maps += [action_map(self.cameras.wrist, state, H, hand=next_state) for state in poses]
         by_frame = [memory[:, :, 0].flatten(1, 2), warped.flatten(1, 2), seen.flatten(1, 2)]
         if self.config.ray_maps:
-            maps += [ray_map(self.cameras.agentview, next_state, H), ray_map(self.cameras.wrist, next_state, H, on_hand=True)]
+            maps += [ray_map(self.cameras.agentview, next_state, H),
+                     ray_map(self.cameras.wrist, next_state, H, on_hand=True)]
         return base, torch.cat([*by_frame, wrist, base[:, 3:], *maps], dim=1)
 
     def embedding(self, state: Tensor, next_state: Tensor, actions: Tensor) -> Tensor:
@@ -288,8 +289,9 @@ def world_model_loss(model: WorldModel, batch: dict, generator: torch.Generator)
 
 def grasp_loss(model: WorldModel, batch: dict, generator: torch.Generator) -> tuple[Tensor, dict]:
     """Cross-entropy of the fingers' opening after a chunk. batch: `ChunkData.pictures`, true and imagined ones."""
-    images, state = noised(to_float(batch["memory"]), model.config.memory_noise, generator)[:, -1], batch["memory_states"][:, -1]
-    logits, target = model.grasp_logits(images, state, batch["previous_actions"], batch["actions"]), opening_bin(batch["next_state"])
+    images = noised(to_float(batch["memory"]), model.config.memory_noise, generator)[:, -1]
+    state, target = batch["memory_states"][:, -1], opening_bin(batch["next_state"])
+    logits = model.grasp_logits(images, state, batch["previous_actions"], batch["actions"])
     loss = F.cross_entropy(logits, target)
     return loss, {"loss": loss.item(), "accuracy": (logits.argmax(dim=1) == target).float().mean().item()}
 
@@ -311,8 +313,8 @@ class VirtualEnv(gym.vector.VectorEnv):
     """The true environment's interface on imagined pictures, one chunk a step, on the model's device.
 
     A slot that has ended stays as it is until it is reset. The reward comes at the end alone: the
-    reflector's score at the stop or at the horizon, confirmed (`StopRule`). Slots nK ... nK + K - 1 are a group: they share their noise, step for
-    step, so reset them together. `reflector.score(first, previous, current, instruction)` -> (b,) gets frames
+    reflector's score at the stop or at the horizon, confirmed (`StopRule`). Slots nK ... nK + K - 1 are a group:
+    they share their noise, step for step, so reset them together. `reflector.score(first, previous, current, instruction)` -> (b,) gets frames
     uint8 (b, V, 3, H, W); without a reflector nothing ends early, scores are NaN and rewards 0.
     """
     metadata = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
