@@ -312,10 +312,10 @@ class VirtualEnvConfig:
 class VirtualEnv(gym.vector.VectorEnv):
     """The true environment's interface on imagined pictures, one chunk a step, on the model's device.
 
-    A slot that has ended stays as it is until it is reset. The reward comes at the end alone: the
-    reflector's score at the stop or at the horizon, confirmed (`StopRule`). Slots nK ... nK + K - 1 are a group:
-    they share their noise, step for step, so reset them together. `reflector.score(first, previous, current, instruction)` -> (b,) gets frames
-    uint8 (b, V, 3, H, W); without a reflector nothing ends early, scores are NaN and rewards 0.
+    A slot that has ended stays as it is until it is reset. The reward comes at the end alone: the reflector's score
+    at the stop or at the horizon, confirmed (`StopRule`). Slots nK ... nK + K - 1 are a group: they share their
+    noise, step for step, so reset them together. `reflector.score(first, previous, current, instruction)` -> (b,)
+    gets frames uint8 (b, V, 3, H, W); without a reflector nothing ends early, scores are NaN and rewards 0.
     """
     metadata = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
 
