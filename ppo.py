@@ -46,8 +46,8 @@ class PPOConfig:
     minibatch: int = 256  # chunks in an optimiser step; 0 takes the whole buffer; the paper's 4
     microbatch: int = 64  # chunks in a forward pass; gradients add up to a minibatch's, so it is memory alone
     clip_coef: float = 0.1  # nothing is gained by a ratio outside 1 ± clip_coef; the paper's 0.1
-    lr_backbone: float = 1e-5  # learning rate of everything but the heads; the paper's 1e-4 is for LoRA on 7B
-    lr_heads: float = 1e-6  # learning rate of the action head and the scale head; the paper's 1e-5
+    lr_backbone: float = 2e-5  # learning rate of everything but the heads; the paper's 1e-4 is for LoRA on 7B
+    lr_heads: float = 2e-6  # learning rate of the action head and the scale head; the paper's 1e-5
     lora_rank: int = 0  # 0 trains the whole backbone; above, only low-rank changes of its matrices (the paper's 32)
     train_scale: bool = True  # train the scale head too, as the paper does; else exploration stays as it is
     max_grad_norm: float = 1.0  # gradient norm above which gradients are scaled down

@@ -46,10 +46,10 @@ CHECK_SEED = 20_000_000  # placements of `check`
 
 @dataclass
 class ExploreConfig:
-    episodes: int = 12  # episodes a task
+    episodes: int = 16  # episodes a task
     held_out: int = 3  # of these, episodes a task that nothing is trained on; they measure simulator and reflector
     temperatures: tuple[float, ...] = (1.0, 2.0, 4.0)  # taken in turn, they multiply the cloned policy's Laplace scale b
-    linger: int = 2  # chunks to go on after the goal is reached, so that there are frames of a task that is done
+    linger: int = 3  # chunks to go on after the goal is reached, so that there are frames of a task that is done
     mesh_cell: float = 0.006  # m; vertices closer than this are merged in demonstrations and exploration (0: never)
 
 
@@ -85,12 +85,12 @@ class TrainConfig:
     explore: ExploreConfig = field(default_factory=ExploreConfig)
     world_model: WorldModelConfig = field(default_factory=lambda: WorldModelConfig(channels=(32, 64, 96)))
     simulate: FitConfig = field(default_factory=lambda: FitConfig(steps=1500, batch_size=16, lr=1e-3))
-    grasp: FitConfig = field(default_factory=lambda: FitConfig(steps=800, batch_size=64, lr=1e-3, weight_decay=0.05))
+    grasp: FitConfig = field(default_factory=lambda: FitConfig(steps=500, batch_size=64, lr=1e-3, weight_decay=0.05))
     reflector: ReflectorConfig = field(default_factory=ReflectorConfig)
     reflect: FitConfig = field(default_factory=lambda: FitConfig(steps=600, batch_size=32, lr=1e-3, weight_decay=0.1))
     virtual: VirtualEnvConfig = field(default_factory=VirtualEnvConfig)
     start: StartConfig = field(default_factory=StartConfig)
-    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(iterations=8))
+    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(iterations=16))
     check: CheckConfig = field(default_factory=CheckConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 

@@ -70,7 +70,7 @@ class WorldModelConfig:
     memory_noise: float = 0.1  # training adds noise of up to this standard deviation to the memory
     state_width: int = 256  # width of the MLP that corrects the kinematics
     grasp_channels: int = 48  # width of the network that foresees what the fingers close on
-    grasp_dropout: float = 0.2  # in that network, in training
+    grasp_dropout: float = 0.3  # in that network, in training
 
 
 # ----------------------------------------------------------------------------------------------------------
