@@ -284,8 +284,8 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
         for i in playing:
             slot = self._slots[i]
             slot["scores"].append(float(info["score"][i]))
-            enough = (self.rule.stops(np.array(slot["scores"])).any() if self.stop == "both"
-                      else slot["since"] >= self.linger)
+            stopped = self.stop == "both" and bool(self.rule.stops(np.array(slot["scores"])).any())
+            enough = stopped if self.stop == "both" else slot["since"] >= self.linger
             terminated[i] = slot["once"] and enough
             truncated[i] = slot["steps"] >= self.max_steps and not terminated[i]
             slot["over"] = bool(terminated[i] or truncated[i])
