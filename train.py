@@ -250,7 +250,7 @@ def simulate(config, run, folder, device):
         lambda _, batch, generator: grasp_loss(world, batch, generator), config.grasp, folder / "grasp", config.seed, device,
         lambda step, metrics: run.log("grasp", step, metrics))
     world.save_pretrained(folder)
-    write_json(folder / "held_out.json", horizon_errors(world, held_out, horizons=(1, 5, 10)))
+    write_json(folder / "held_out.json", horizon_errors(world, held_out, horizons=(1, 5, 10), every=4))
 
 
 def reflect(config, run, folder, device):

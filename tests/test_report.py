@@ -203,8 +203,8 @@ def test_learning_curves_draw_what_was_logged_and_survive_a_torn_log(tmp_path):
     learning_curves(tmp_path / "again.png", tmp_path / "again.jsonl")
     empty, clone, again = [np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")).astype(int)
                            for name in ("empty", "clone", "again")]
-    assert empty.shape == clone.shape == (660, 1540, 3)
+    assert empty.shape == clone.shape == (935, 1320, 3)
     blue = [picture[..., 2] - picture[..., 0] > 100 for picture in (empty, clone)]
-    assert not blue[0].any() and blue[1][:330, :385].sum() > 500  # a curve in the first panel ...
-    assert not blue[1][:, 430:].any() and not blue[1][330:].any()  # ... and in no other
+    assert not blue[0].any() and blue[1][:311, :440].sum() > 500  # a curve in the first panel ...
+    assert not blue[1][:, 440:].any() and not blue[1][311:].any()  # ... and in no other
     assert (clone == again).all()  # the later line of step 7 wins
