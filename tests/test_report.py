@@ -205,6 +205,6 @@ def test_learning_curves_draw_what_was_logged_and_survive_a_torn_log(tmp_path):
                            for name in ("empty", "clone", "again")]
     assert empty.shape == clone.shape == (935, 1320, 3)
     blue = [picture[..., 2] - picture[..., 0] > 100 for picture in (empty, clone)]
-    assert not blue[0].any() and blue[1][:311, :440].sum() > 500  # a curve in the first panel ...
-    assert not blue[1][:, 440:].any() and not blue[1][311:].any()  # ... and in no other
+    assert not blue[0].any() and blue[1][:340, :500].sum() > 500  # a curve in the first panel ...
+    assert not blue[1][:, 500:].any() and not blue[1][340:].any()  # ... and in no other
     assert (clone == again).all()  # the later line of step 7 wins
