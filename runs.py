@@ -158,7 +158,7 @@ class Run:
         finally:
             write_json(self.folder / "seconds.json",
                        self.seconds() | {name: round(self.seconds().get(name, 0.0) + time.time() - start, 1)})
-        for leftover in [*unfinished.glob("*.writing"), *unfinished.glob("resume.*")]:
+        for leftover in [*unfinished.rglob("*.writing"), *unfinished.rglob("resume.*")]:
             leftover.unlink()
         shutil.rmtree(self.path(name), ignore_errors=True)
         os.replace(unfinished, self.path(name))

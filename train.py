@@ -266,7 +266,7 @@ def reflect(config, run, folder, device):
     torch.manual_seed(config.seed)
     reflector = Reflector(config.reflector).to(device)
     fit("reflect", reflector, lambda step, generator: joined(true.frame_batch(size // 2, generator),
-                                                           imagined.frame_batch(size - size // 2, generator)),
+                                                             imagined.frame_batch(size - size // 2, generator)),
         reflector_loss, config.reflect, folder, config.seed, device,
         lambda step, metrics: run.log("reflect", step, metrics))
     worlds = {"true": held_out, "imagined": imagine_episodes(world, None, held_out, seed=1)[0]}
