@@ -48,6 +48,7 @@ class PPOConfig:
     clip_coef: float = 0.1  # nothing is gained by a ratio outside 1 ± clip_coef; the paper's 0.1
     lr_backbone: float = 2e-5  # learning rate of everything but the heads; the paper's 1e-4 is for LoRA on 7B
     lr_heads: float = 2e-6  # learning rate of the action head and the scale head; the paper's 1e-5
+    warmup: int = 20  # optimiser steps of linear warm-up: Adam's first steps move every weight by the whole rate
     lora_rank: int = 0  # 0 trains the whole backbone; above, only low-rank changes of its matrices (the paper's 32)
     train_scale: bool = True  # train the scale head too, as the paper does; else exploration stays as it is
     max_grad_norm: float = 1.0  # gradient norm above which gradients are scaled down
@@ -255,16 +256,19 @@ def update(policy, optimizer, played, advantage, config, generator):
             for name, value in {**parts, "entropy": entropy.detach().mean()}.items():
                 share = len(index) / (len(row) * config.epochs)
                 metrics[name] = metrics.get(name, 0.0) + float(value) * share
-        clip_and_step(optimizer, config.max_grad_norm)
+        clip_and_step(optimizer, config)
     return metrics
 
 
-def clip_and_step(optimizer, max_grad_norm):
+def clip_and_step(optimizer, config):
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
     if not torch.isfinite(norm):
         raise UserError(f"the gradient of PPO is {norm.item()}: lower --ppo.lr_backbone and --ppo.lr_heads "
                         "and run the same command (it goes on from the last checkpoint)")
+    taken = max((int(state["step"]) for state in optimizer.state.values()), default=0)
+    for group, rate in zip(optimizer.param_groups, (config.lr_backbone, config.lr_heads)):
+        group["lr"] = rate * min(1.0, (taken + 1) / max(1, config.warmup))
     optimizer.step()
 
 

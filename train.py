@@ -15,97 +15,28 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
-import tyro
 from tqdm import tqdm
 
 import report
+from config import STAGES, TrainConfig, parse, stage_settings
 from demonstrations import collect_demonstrations, read_demonstrations
 from episodes import ChunkData, CloneData, Normalizer, StartContext, joined, load_episodes
-from evaluate import (EvaluateConfig, compare, evaluate_policies, film, imagined_success, load_policies, pick_device,
-                      play, proportion)
+from evaluate import compare, evaluate_policies, film, imagined_success, load_policies, pick_device, play, proportion
 from fidelity import (check_trust, frame_logits, frame_scores, horizon_errors, imagine_episodes, outcome_agreement,
                       reflector_quality)
 from geometry import Cameras
 from libero_env import LiberoContext, LiberoTask, LiberoVectorEnv, in_processes, load_suite, step_limit
-from policy import Policy, PolicyConfig, clone_loss
-from ppo import PPOConfig, add_lora, improve, make_optimizer, merge_lora
-from reflector import Reflector, ReflectorConfig, calibrate, reflector_loss
-from runs import (FitConfig, Run, UserError, clear_errors, fit, load_resume, read_json, save_resume, step_generator,
-                  write_json)
-from world_model import VirtualEnv, VirtualEnvConfig, WorldModel, WorldModelConfig, grasp_loss, world_model_loss
+from policy import Policy, clone_loss
+from ppo import add_lora, improve, make_optimizer, merge_lora
+from reflector import Reflector, calibrate, reflector_loss
+from runs import Run, UserError, clear_errors, fit, load_resume, read_json, save_resume, step_generator, write_json
+from world_model import VirtualEnv, WorldModel, grasp_loss, world_model_loss
 
-Stage = Literal["demonstrate", "clone", "explore", "simulate", "reflect", "imagine", "evaluate"]
-STAGES: tuple[Stage, ...] = get_args(Stage)
 CHECK_SEED = 20_000_000  # placements of `check`
-
-
-@dataclass
-class ExploreConfig:
-    episodes: int = 16  # episodes a task
-    held_out: int = 3  # of these, episodes a task that nothing is trained on; they measure simulator and reflector
-    temperatures: tuple[float, ...] = (1.0, 2.0, 4.0)  # taken in turn, they multiply the cloned policy's Laplace scale b
-    linger: int = 3  # chunks to go on after the goal is reached, so that there are frames of a task that is done
-    mesh_cell: float = 0.006  # m; vertices closer than this are merged in demonstrations and exploration (0: never)
-
-
-@dataclass
-class StartConfig:
-    midway: float = 0.5  # fraction of imagined rollouts that start inside a recorded episode, the others at its start
-
-
-@dataclass
-class CheckConfig:
-    """A look at both worlds while RL goes on, from fresh placements, never from the benchmark's states."""
-    every: int = 0  # RL iterations between two looks; 0: none (a look takes a minute or two on two cores)
-    episodes: int = 2  # episodes a task
-
-
-@dataclass
-class TrainConfig:
-    """World-Env: demonstrate, clone, explore, simulate, reflect, imagine, evaluate."""
-    task: str = "libero_object"  # LIBERO suite
-    preset: Literal["tiny", "small"] = "small"  # sizes of everything; any flag given beside it wins
-    task_ids: tuple[int, ...] = ()  # tasks of the suite; empty: all of them
-    seed: int = 0  # of placements, networks, batches and noise
-    output_dir: str = ""  # run folder; empty: runs/<task>
-    stages: tuple[Stage, ...] = STAGES  # stages to run; what they need of the others must be there
-    demos: str = ""  # folder with official LIBERO HDF5 demonstrations; empty: a scripted expert makes them
-    num_demos: int = 5  # demonstrations a task
-    rl_env: Literal["virtual", "libero", "none"] = "virtual"  # where RL happens; none: clone successes instead
-    trust_world: bool = False  # start RL even where the held-out episodes say that the imagination is no good
-    device: str = "auto"  # "auto" takes the GPU where there is one; or "cpu", "cuda"
-    num_procs: int = 0  # simulator processes; 0: one a core
-    policy: PolicyConfig = field(default_factory=PolicyConfig)
-    clone: FitConfig = field(default_factory=lambda: FitConfig(steps=2400, batch_size=32, lr=1e-3))
-    explore: ExploreConfig = field(default_factory=ExploreConfig)
-    world_model: WorldModelConfig = field(default_factory=lambda: WorldModelConfig(channels=(32, 64, 96)))
-    simulate: FitConfig = field(default_factory=lambda: FitConfig(steps=1500, batch_size=16, lr=1e-3))
-    grasp: FitConfig = field(default_factory=lambda: FitConfig(steps=500, batch_size=64, lr=1e-3, weight_decay=0.05))
-    reflector: ReflectorConfig = field(default_factory=ReflectorConfig)
-    reflect: FitConfig = field(default_factory=lambda: FitConfig(steps=600, batch_size=32, lr=1e-3, weight_decay=0.1))
-    virtual: VirtualEnvConfig = field(default_factory=VirtualEnvConfig)
-    start: StartConfig = field(default_factory=StartConfig)
-    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(iterations=16))
-    check: CheckConfig = field(default_factory=CheckConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-
-
-def tiny() -> TrainConfig:
-    """All seven stages on two tasks in about three minutes: the machinery, not the method's success."""
-    fast = dict(warmup=5, save_every=10)
-    return TrainConfig(
-        preset="tiny", task_ids=(0, 1), num_demos=1, trust_world=True, policy=PolicyConfig.tiny(),
-        clone=FitConfig(steps=60, batch_size=16, **fast), explore=ExploreConfig(episodes=2, held_out=1),
-        world_model=WorldModelConfig(channels=(16, 32, 32), patch=4), simulate=FitConfig(steps=30, batch_size=8, **fast),
-        grasp=FitConfig(steps=20, batch_size=8, **fast),
-        reflector=ReflectorConfig(channels=16, width=32), reflect=FitConfig(steps=30, batch_size=8, **fast),
-        virtual=VirtualEnvConfig(horizon=3), ppo=PPOConfig(iterations=2, groups=2, group_size=4, minibatch=32),
-        evaluate=EvaluateConfig(episodes=1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,15 +68,6 @@ def train(config: TrainConfig):
             raise UserError(f"{run.path(name)} is missing: add {name} to --stages")
     if run.path("evaluate").is_dir():
         finish(config, run)
-
-
-def stage_settings(config, name) -> dict:
-    """The part of the configuration that a finished stage depends on directly."""
-    sections = {"demonstrate": ("demos", "num_demos"), "clone": ("policy", "clone"), "explore": ("explore",),
-                "simulate": ("world_model", "simulate", "grasp"), "reflect": ("reflector", "reflect"),
-                "imagine": ("virtual", "start", "ppo", "check", "rl_env"), "evaluate": ("evaluate",)}
-    values = asdict(config)
-    return {key: values[key] for key in ("task", "task_ids", "seed", *sections[name])}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -343,13 +265,22 @@ def virtual_world(config, run, device):
     """The virtual environment, and start contexts drawn from recorded frames in which the task is not done."""
     training, _ = explored(config, run)
     data = ChunkData(demonstrations(run) + training, config.policy.chunk_size, device)
-    openings = [(k, 0) for k in range(len(data.tracks))]
-    midway = [(k, t) for k, t in data.index if t and not data.tracks[k].success[:t + 1].any()]
+    openings, midway = {task: [] for task in config.task_ids}, {task: [] for task in config.task_ids}
+    for k, t in data.index:
+        if t == 0:
+            openings[data.episodes[k].task_id].append((k, t))
+        elif not data.tracks[k].success[:t + 1].any():
+            midway[data.episodes[k].task_id].append((k, t))
+    failed = {task: [not episode.success.any() for episode in training if episode.task_id == task] for task in config.task_ids}
+    share = torch.tensor([((sum(failed[task]) + 1) / (len(failed[task]) + 2)) ** config.start.focus for task in config.task_ids])
 
     def draw(count, generator) -> list[StartContext]:
-        inside = torch.rand(count, generator=generator) < config.start.midway
-        pools = [midway if value else openings for value in inside]
-        return data.starts([pool[int(torch.randint(len(pool), (), generator=generator))] for pool in pools])
+        picks = []
+        for place in torch.multinomial(share, count, replacement=True, generator=generator).tolist():
+            inside = torch.rand((), generator=generator) < config.start.midway
+            pool = (midway if inside else openings)[config.task_ids[place]]
+            picks.append(pool[int(torch.randint(len(pool), (), generator=generator))])
+        return data.starts(picks)
 
     world, reflector = load_world(run, device)
     virtual = replace(config.virtual, seed=config.seed)
@@ -405,13 +336,6 @@ def finish(config, run):
     text = report.results_table(results)
     (run.folder / "report.md").write_text(text + "\n")
     print(f"\n{text}\n\nWritten to {run.folder}: report.md, results.json, curves.png, evaluate/videos/")
-
-
-def parse(arguments: list[str]) -> TrainConfig:
-    """The preset first, then every flag on top of it."""
-    chosen = [value for flag, value in zip(arguments, arguments[1:]) if flag == "--preset"]
-    chosen += [flag.split("=", 1)[1] for flag in arguments if flag.startswith("--preset=")]
-    return tyro.cli(TrainConfig, default=tiny() if chosen == ["tiny"] else TrainConfig(), args=arguments)
 
 
 if __name__ == "__main__":

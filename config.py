@@ -1,0 +1,101 @@
+"""Every setting of a run: one dataclass a component (beside its code), put together here; the presets; the command line.
+
+`python train.py --help` prints them all. A preset comes first, then every flag on top of it.
+"""
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Literal, get_args
+
+import tyro
+
+from evaluate import EvaluateConfig
+from policy import PolicyConfig
+from ppo import PPOConfig
+from reflector import ReflectorConfig
+from runs import FitConfig
+from world_model import VirtualEnvConfig, WorldModelConfig
+
+Stage = Literal["demonstrate", "clone", "explore", "simulate", "reflect", "imagine", "evaluate"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+
+@dataclass
+class ExploreConfig:
+    episodes: int = 16  # episodes a task
+    held_out: int = 3  # of these, episodes a task that nothing is trained on; they measure simulator and reflector
+    temperatures: tuple[float, ...] = (1.0, 2.0, 4.0)  # taken in turn, they multiply the cloned policy's Laplace scale b
+    linger: int = 3  # chunks to go on after the goal is reached, so that there are frames of a task that is done
+    mesh_cell: float = 0.006  # m; vertices closer than this are merged in demonstrations and exploration (0: never)
+
+
+@dataclass
+class StartConfig:
+    midway: float = 0.5  # fraction of imagined rollouts that start inside a recorded episode, the others at its start
+    focus: float = 1.0  # a task's share of the starts grows with its failures in exploration, to this power; 0: all alike
+
+
+@dataclass
+class CheckConfig:
+    """A look at both worlds while RL goes on, from fresh placements, never from the benchmark's states."""
+    every: int = 0  # RL iterations between two looks; 0: none (a look takes a minute or two on two cores)
+    episodes: int = 2  # episodes a task
+
+
+@dataclass
+class TrainConfig:
+    """World-Env: demonstrate, clone, explore, simulate, reflect, imagine, evaluate."""
+    task: str = "libero_object"  # LIBERO suite
+    preset: Literal["tiny", "small"] = "small"  # sizes of everything; any flag given beside it wins
+    task_ids: tuple[int, ...] = ()  # tasks of the suite; empty: all of them
+    seed: int = 0  # of placements, networks, batches and noise
+    output_dir: str = ""  # run folder; empty: runs/<task>
+    stages: tuple[Stage, ...] = STAGES  # stages to run; what they need of the others must be there
+    demos: str = ""  # folder with official LIBERO HDF5 demonstrations; empty: a scripted expert makes them
+    num_demos: int = 5  # demonstrations a task
+    rl_env: Literal["virtual", "libero", "none"] = "virtual"  # where RL happens; none: clone successes instead
+    trust_world: bool = False  # start RL even where the held-out episodes say that the imagination is no good
+    device: str = "auto"  # "auto" takes the GPU where there is one; or "cpu", "cuda"
+    num_procs: int = 0  # simulator processes; 0: one a core
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    clone: FitConfig = field(default_factory=lambda: FitConfig(steps=2400, batch_size=32, lr=1e-3))
+    explore: ExploreConfig = field(default_factory=ExploreConfig)
+    world_model: WorldModelConfig = field(default_factory=lambda: WorldModelConfig(channels=(32, 64, 96)))
+    simulate: FitConfig = field(default_factory=lambda: FitConfig(steps=1500, batch_size=16, lr=1e-3))
+    grasp: FitConfig = field(default_factory=lambda: FitConfig(steps=500, batch_size=64, lr=1e-3, weight_decay=0.05))
+    reflector: ReflectorConfig = field(default_factory=ReflectorConfig)
+    reflect: FitConfig = field(default_factory=lambda: FitConfig(steps=600, batch_size=32, lr=1e-3, weight_decay=0.1))
+    virtual: VirtualEnvConfig = field(default_factory=VirtualEnvConfig)
+    start: StartConfig = field(default_factory=StartConfig)
+    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(iterations=16))
+    check: CheckConfig = field(default_factory=CheckConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+def tiny() -> TrainConfig:
+    """All seven stages on two tasks in about three minutes: the machinery, not the method's success."""
+    fast = dict(warmup=5, save_every=10)
+    return TrainConfig(
+        preset="tiny", task_ids=(0, 1), num_demos=1, trust_world=True, policy=PolicyConfig.tiny(),
+        clone=FitConfig(steps=60, batch_size=16, **fast), explore=ExploreConfig(episodes=2, held_out=1),
+        world_model=WorldModelConfig(channels=(16, 32, 32), patch=4), simulate=FitConfig(steps=30, batch_size=8, **fast),
+        grasp=FitConfig(steps=20, batch_size=8, **fast),
+        reflector=ReflectorConfig(channels=16, width=32), reflect=FitConfig(steps=30, batch_size=8, **fast),
+        virtual=VirtualEnvConfig(horizon=3), ppo=PPOConfig(iterations=2, groups=2, group_size=4, minibatch=32),
+        evaluate=EvaluateConfig(episodes=1))
+
+
+def stage_settings(config, name) -> dict:
+    """The part of the configuration that a finished stage depends on directly."""
+    sections = {"demonstrate": ("demos", "num_demos"), "clone": ("policy", "clone"), "explore": ("explore",),
+                "simulate": ("world_model", "simulate", "grasp"), "reflect": ("reflector", "reflect"),
+                "imagine": ("virtual", "start", "ppo", "check", "rl_env"), "evaluate": ("evaluate",)}
+    values = asdict(config)
+    return {key: values[key] for key in ("task", "task_ids", "seed", *sections[name])}
+
+
+def parse(arguments: list[str]) -> TrainConfig:
+    """The preset first, then every flag on top of it."""
+    chosen = [value for flag, value in zip(arguments, arguments[1:]) if flag == "--preset"]
+    chosen += [flag.split("=", 1)[1] for flag in arguments if flag.startswith("--preset=")]
+    return tyro.cli(TrainConfig, default=tiny() if chosen == ["tiny"] else TrainConfig(), args=arguments)
