@@ -267,8 +267,8 @@ def clip_and_step(optimizer, config):
         raise UserError(f"the gradient of PPO is {norm.item()}: lower --ppo.lr_backbone and --ppo.lr_heads "
                         "and run the same command (it goes on from the last checkpoint)")
     taken = max((int(state["step"]) for state in optimizer.state.values()), default=0)
-    for group, rate in zip(optimizer.param_groups, (config.lr_backbone, config.lr_heads)):
-        group["lr"] = rate * min(1.0, (taken + 1) / max(1, config.warmup))
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * min(1.0, (taken + 1) / max(1, config.warmup))
     optimizer.step()
 
 

@@ -271,8 +271,8 @@ def virtual_world(config, run, device):
             openings[data.episodes[k].task_id].append((k, t))
         elif not data.tracks[k].success[:t + 1].any():
             midway[data.episodes[k].task_id].append((k, t))
-    failed = {task: [not episode.success.any() for episode in training if episode.task_id == task] for task in config.task_ids}
-    share = torch.tensor([((sum(failed[task]) + 1) / (len(failed[task]) + 2)) ** config.start.focus for task in config.task_ids])
+    failed = [[not episode.success.any() for episode in training if episode.task_id == task] for task in config.task_ids]
+    share = torch.tensor([((sum(values) + 1) / (len(values) + 2)) ** config.start.focus for values in failed])
 
     def draw(count, generator) -> list[StartContext]:
         picks = []

@@ -10,8 +10,9 @@ from torch import nn
 
 from episodes import Normalizer
 from policy import ActionDistribution, Policy, PolicyConfig
-from ppo import PPOConfig, add_lora, improve, make_optimizer, merge_lora, minibatches, ppo_loss, rloo_advantage, rollout, update
-from runs import UserError, step_generator
+from ppo import (PPOConfig, add_lora, clip_and_step, improve, make_optimizer, merge_lora, minibatches, ppo_loss, rloo_advantage,
+                 rollout, update)
+from runs import UserError, load_resume, save_resume, step_generator
 
 torch.set_num_threads(1)
 L, A = 4, 2
@@ -124,7 +125,7 @@ def updated(start, played, advantage, **config):
     """The policy after one `update` by plain gradient descent (Adam would hide the gradient's length)."""
     policy = copy.deepcopy(start)
     metrics = update(policy, torch.optim.SGD(policy.parameters(), 0.1), played, advantage,
-                     PPOConfig(max_grad_norm=1e9, **config), step_generator(4, 0))
+                     PPOConfig(max_grad_norm=1e9, warmup=1, **config), step_generator(4, 0))
     return nn.utils.parameters_to_vector(policy.parameters()).detach(), metrics
 
 
@@ -300,6 +301,22 @@ def test_lora_trains_low_rank_changes_and_the_heads_and_merges_into_the_same_pol
             assert 0 < torch.linalg.matrix_rank(change, rtol=1e-3) <= 2, name
         elif not name.startswith(("action_head.", "scale_head.")):
             assert change.abs().max() == 0, name
+
+
+def test_the_rates_rise_over_the_first_steps_and_go_on_rising_after_a_resume(tmp_path):
+    policy = toy()
+    optimizer, seen = make_optimizer(policy, PPOConfig(lr_backbone=1.0, lr_heads=0.1)), []
+    for step in range(4):
+        if step == 2:  # as a killed run comes back: Adam's state from the file, the rates from the configuration
+            save_resume(tmp_path, step, policy, optimizer)
+            policy = toy()
+            optimizer = make_optimizer(policy, PPOConfig(lr_backbone=1.0, lr_heads=0.1))
+            load_resume(tmp_path, policy, optimizer)
+        for parameter in policy.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        clip_and_step(optimizer, PPOConfig(warmup=3))
+        seen.append([group["lr"] for group in optimizer.param_groups])
+    assert torch.allclose(torch.tensor(seen), torch.tensor([[1 / 3, 0.1 / 3], [2 / 3, 0.2 / 3], [1.0, 0.1], [1.0, 0.1]]))
 
 
 def test_a_gradient_that_is_not_finite_stops_with_advice_before_the_weights_are_touched():
