@@ -23,7 +23,7 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 @dataclass
 class ExploreConfig:
     episodes: int = 16  # episodes a task
-    held_out: int = 3  # of these, episodes a task that nothing is trained on; they measure simulator and reflector
+    held_out: int = 3  # of these, the first ones: nothing is trained on them, they measure simulator and reflector
     temperatures: tuple[float, ...] = (1.0, 2.0, 4.0)  # taken in turn, they multiply the cloned policy's Laplace scale b
     linger: int = 3  # chunks to go on after the goal is reached, so that there are frames of a task that is done
     mesh_cell: float = 0.006  # m; vertices closer than this are merged in demonstrations and exploration (0: never)
@@ -31,7 +31,9 @@ class ExploreConfig:
 
 @dataclass
 class StartConfig:
-    midway: float = 0.5  # fraction of imagined rollouts that start inside a recorded episode, the others at its start
+    """Where imagined rollouts start in recorded episodes; what the fractions leave over starts at their first frames."""
+    contact: float = 0.5  # fraction that starts one to three chunks before the fingers first close (WoVR's keyframes)
+    midway: float = 0.25  # fraction that starts at any later frame in which the task is not done
     focus: float = 1.0  # a task's share of the starts grows with its failures in exploration, to this power; 0: all alike
 
 
@@ -53,6 +55,7 @@ class TrainConfig:
     stages: tuple[Stage, ...] = STAGES  # stages to run; what they need of the others must be there
     demos: str = ""  # folder with official LIBERO HDF5 demonstrations; empty: a scripted expert makes them
     num_demos: int = 5  # demonstrations a task
+    refresh: str = ""  # finished run folder to go on from: its last policy explores, its data and weights are kept
     rl_env: Literal["virtual", "libero", "none"] = "virtual"  # where RL happens; none: clone successes instead
     trust_world: bool = False  # start RL even where the held-out episodes say that the imagination is no good
     device: str = "auto"  # "auto" takes the GPU where there is one; or "cpu", "cuda"
@@ -91,7 +94,7 @@ def stage_settings(config, name) -> dict:
                 "simulate": ("world_model", "simulate", "grasp"), "reflect": ("reflector", "reflect"),
                 "imagine": ("virtual", "start", "ppo", "check", "rl_env"), "evaluate": ("evaluate",)}
     values = asdict(config)
-    return {key: values[key] for key in ("task", "task_ids", "seed", *sections[name])}
+    return {key: values[key] for key in ("task", "task_ids", "seed", "refresh", *sections[name])}
 
 
 def parse(arguments: list[str]) -> TrainConfig:
