@@ -30,6 +30,8 @@ from fidelity import (check_trust, frame_logits, frame_scores, horizon_errors, i
                       reflector_quality)
 from geometry import Cameras
 from libero_env import LiberoContext, LiberoTask, LiberoVectorEnv, in_processes, load_suite, step_limit
+from openvla import OpenVLAPolicy, load_policy
+from openvla_memory import check_training
 from policy import Policy, clone_loss
 from ppo import add_lora, improve, make_optimizer, merge_lora
 from reflector import Reflector, calibrate, reflector_loss
@@ -50,6 +52,8 @@ def train(config: TrainConfig):
     wrong = [task for task in config.task_ids if not 0 <= task < suite.n_tasks]
     if wrong:
         raise UserError(f"{config.task} has no task {wrong[0]}: --task_ids takes numbers from 0 to {suite.n_tasks - 1}")
+    if config.policy.backbone and config.rl_env != "none" and not (config.ppo.lora_rank or config.policy.lora_rank):
+        raise UserError("billions of parameters are post-trained by LoRA: add --ppo.lora_rank 32 to --policy.backbone")
     run = Run(config.output_dir or Path("runs") / config.task)
     write_json(run.folder / "config.json", asdict(config))
     device = pick_device(config.device)
@@ -79,8 +83,8 @@ def demonstrate(config, run, folder, device):
     source = Path(config.demos) if config.demos else folder
     if not config.demos:
         missing = [task for task in config.task_ids if not (folder / f"{names[task]}_demo.hdf5").exists()]
-        arguments = [(config.task, task, config.num_demos, config.seed, folder, config.explore.mesh_cell)
-                     for task in missing]
+        arguments = [(config.task, task, config.num_demos, config.seed, folder, config.explore.mesh_cell,
+                      config.policy.image_size) for task in missing]
         in_processes(collect_demonstrations, arguments, config.num_procs, "demonstrate", "task")
     elif not source.is_dir():
         raise UserError(f"--demos {source} is not a folder: give the one that holds LIBERO's *_demo.hdf5 files")
@@ -101,12 +105,19 @@ def demonstrate(config, run, folder, device):
 # 2 clone, 3 explore
 # ---------------------------------------------------------------------------------------------------------------------
 def clone(config, run, folder, device):
-    """Supervised training of the policy and its Laplace scale head on the demonstrations."""
+    """Supervised training of the policy and its Laplace scale head on the demonstrations.
+
+    A pretrained policy (`--policy.backbone`) stays as it is but for the scale head, or is fine-tuned by LoRA.
+    """
     normalizer = Normalizer.from_dict(read_json(run.path("demonstrate") / "normalizer.json"))
-    data = CloneData(demonstrations(run), normalizer, config.policy.chunk_size, device)
     torch.manual_seed(config.seed)
-    policy = Policy(config.policy, normalizer).to(device)
-    fit_clone("clone", policy, data, config, run, folder, device)
+    if config.policy.backbone:
+        policy = OpenVLAPolicy.from_checkpoint(config.policy, config.task)
+        check_training(policy, config.clone.batch_size, config.policy.lora_rank, device, "--clone.batch_size")
+    else:
+        policy = Policy(config.policy, normalizer)
+    data = CloneData(demonstrations(run), policy.normalizer, config.policy.chunk_size, device)
+    fit_clone("clone", policy.to(device), data, config, run, folder, device)
     policy.save_pretrained(folder)
 
 
@@ -117,7 +128,7 @@ def fit_clone(name, policy, data, config, run, folder, device):
 
 def explore(config, run, folder, device):
     """The cloned policy acts in the true simulator with a ~ Laplace(loc, b * temperature); everything is kept."""
-    policy = Policy.from_pretrained(run.path("clone")).to(device)
+    policy = load_policy(run.path("clone"), device)
     contexts = [LiberoContext(task, seed=100_000 * (config.seed + 1) + number)
                 for task in config.task_ids for number in range(config.explore.episodes)]
     heat = config.explore.temperatures
@@ -218,13 +229,15 @@ def imagine(config, run, folder, device):
     """RLOO + PPO (Algorithm 1) from the cloned policy, in the virtual environment; two baselines by `rl_env`."""
     if config.rl_env == "virtual" and not config.trust_world:
         check_trust(read_json(run.path("simulate") / "held_out.json"), read_json(run.path("reflect") / "held_out.json"))
-    policy = Policy.from_pretrained(run.path("clone")).to(device)
+    policy = load_policy(run.path("clone"), device)
     torch.manual_seed(config.seed)
     if config.rl_env == "none":
         successes = [episode for episode in explored(config, run)[0] if episode.success.any()]
         data = CloneData(demonstrations(run) + successes, policy.normalizer, config.policy.chunk_size, device)
         fit_clone("imagine", policy, data, config, run, folder, device)
         return policy.save_pretrained(folder)
+    if config.policy.backbone:
+        check_training(policy, config.ppo.microbatch, config.ppo.lora_rank, device, "--ppo.microbatch")
     if config.ppo.lora_rank:
         add_lora(policy, config.ppo.lora_rank)
     optimizer = make_optimizer(policy, config.ppo)
@@ -242,7 +255,8 @@ def imagine(config, run, folder, device):
             save_resume(folder, iteration + 1, policy, optimizer)
     finally:
         env.close()
-    merge_lora(policy)
+    if not config.policy.backbone:  # a pretrained policy's changes stay apart from its gigabytes
+        merge_lora(policy)
     policy.save_pretrained(folder)
 
 
