@@ -219,15 +219,16 @@ def load_policy(folder, device):
     """The policy that a stage has saved, of either kind, on `device`."""
     kind = OpenVLAPolicy if read_json(f"{folder}/config.json").get("model_type") == MODEL_TYPE else Policy
     policy = kind.from_pretrained(folder)
-    check_memory(size_of(policy), device, f"for the policy in {folder}", "give --device cpu, or take a larger card")
+    if device.type != "cpu":
+        check_memory(size_of(policy), device, f"for the policy in {folder}", "give --device cpu, or take a larger card")
     return policy.to(device)
 
 
 def networks(sizes):
     """A checkpoint's config.json -> configurations of the language model and of both towers, less their last block."""
     if sizes.get("model_type") != "openvla" or list(sizes.get("timm_model_ids", [])) != list(TOWERS):
-        raise UserError(f"config.json describes {sizes.get('model_type')} with {sizes.get('timm_model_ids')}: what can be read "
-                        f"is openvla with {list(TOWERS)}")
+        raise UserError(f"config.json describes {sizes.get('model_type')} with {sizes.get('timm_model_ids')}; what can be "
+                        f"read is openvla with {list(TOWERS)}")
     text = {key: value for key, value in sizes.get("text_config", {}).items() if key not in ("model_type", "torch_dtype")}
     dino, siglip = ({**tower, **sizes.get("tower_sizes", {}).get(name, {})} for name, tower in TOWERS.items())
     dino, siglip = ({"hidden_size": tower["width"], "num_hidden_layers": tower["layers"] - 1,

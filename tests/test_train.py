@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from openvla_tiny import write_checkpoint
 from report import wilson_interval
 
 ROOT = Path(__file__).parent.parent
@@ -133,6 +134,16 @@ def test_the_rival_clones_the_explored_successes_too(finished, tmp_path):
     assert any(not torch.equal(first[key], again[key]) for key in first), "another success must change what is cloned"
 
 
+def test_a_pretrained_policy_is_cloned_and_post_trained_by_the_same_stages(finished, tmp_path):
+    checkpoint, folder = write_checkpoint(tmp_path / "checkpoint"), copy_of(finished, tmp_path, ["clone", "imagine", "evaluate"])
+    process = run("train.py", *TINY, "--stages", "clone", "imagine", "--policy.backbone", checkpoint, "--ppo.lora_rank", 2,
+                  "--clone.steps", 2, "--clone.batch_size", 2, "--ppo.iterations", 1, "--ppo.groups", 1, "--ppo.group_size", 2,
+                  "--output_dir", folder)
+    assert process.returncode == 0, process.stderr
+    start, end = (load_file(folder / stage / "model.safetensors") for stage in ("clone", "imagine"))
+    assert all(name.startswith("scale_head.") for name in start) and any(name.endswith("q_proj.b") for name in end)
+
+
 def test_both_worlds_are_looked_at_between_rl_iterations(finished, tmp_path):
     folder = copy_of(finished, tmp_path, ["imagine", "evaluate"])
     process = run("train.py", *TINY, "--stages", "imagine", "--ppo.iterations", 1, "--check.every", 1, "--check.episodes", 1,
@@ -200,6 +211,7 @@ def test_bad_names_and_folders_are_refused(tmp_path):
     refused(run("train.py", "--task", "libero_objects", "--output_dir", tmp_path / "a"), "libero_object")
     refused(run("train.py", *TINY, "--task_ids", 12, "--output_dir", tmp_path / "b"), "from 0 to 9")
     refused(run("train.py", *TINY, "--stages", "clone", "--output_dir", tmp_path / "c"), "add demonstrate to --stages")
+    refused(run("train.py", *TINY, "--policy.backbone", "a/b", "--output_dir", tmp_path / "c"), "--ppo.lora_rank 32")
     refused(run("train.py", *TINY, "--demos", tmp_path / "none", "--output_dir", tmp_path / "d"), "not a folder")
     refused(run("evaluate.py", "--checkpoint", tmp_path / "nothing"), "does not exist")
     with h5py.File(tmp_path / "pick_up_the_alphabet_soup_and_place_it_in_the_basket_demo.hdf5", "w") as file:
