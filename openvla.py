@@ -14,7 +14,7 @@ Departures from OpenVLA-OFT, and limits:
  1. Both heads compute in float32 (OFT: bfloat16 like the rest): at b = 0.03 the rounding would matter.
  2. OFT draws pictures of 256 pixels. Ours have `image_size`, one setting for the policy, the world simulator and the
     reflector: 64 by default. Scaled up here they are blurred, which the policy was never trained on. `--policy.image_size
-    256` gives it OFT's frames; then the world simulator must paint as large ones, and the reflector see them.
+    256` gives it OFT's frames; the world simulator then paints as large ones, which takes `--reflector.image_size 256`.
  3. OFT turns OpenGL's pictures, stored upside down, by 180 degrees: it sees our upright ones mirrored.
  4. JPEG is PIL's (TensorFlow's differs by 1 grey level in the mean), and pictures under 224 pixels go without.
  5. LoRA changes the language model alone (OFT's: towers and projector too), so nothing before it needs a gradient. It is
