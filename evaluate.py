@@ -32,7 +32,7 @@ import report
 from episodes import ChunkData, Episode, load_episodes
 from fidelity import frame_scores, imagine_episodes, measure
 from libero_env import LiberoContext, LiberoVectorEnv, initial_states, load_suite, step_limit
-from policy import Policy
+from openvla import load_policy
 from ppo import rollout
 from reflector import Reflector, StopRule
 from runs import UserError, clear_errors, read_json, step_generator, write_json
@@ -53,10 +53,10 @@ def pick_device(name) -> torch.device:
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
-def load_policies(folder, device) -> dict[str, Policy]:
+def load_policies(folder, device) -> dict:
     """The policies that a run holds: `cloned`, and `post_trained` if its imagine stage is done."""
     stages = {"cloned": Path(folder) / "clone", "post_trained": Path(folder) / "imagine"}
-    found = {name: Policy.from_pretrained(path).to(device).eval() for name, path in stages.items() if path.is_dir()}
+    found = {name: load_policy(path, device).eval() for name, path in stages.items() if path.is_dir()}
     if not found:
         raise UserError(f"{folder} holds no trained policy (clone/): run train.py first, or give another --checkpoint")
     return found
