@@ -192,8 +192,13 @@ class ChunkData:
         self.index = [(k, t) for k, t in self.frames if t < len(self.tracks[k].actions)]  # frames with a successor
 
     def world_batch(self, size, generator, transitions=1024) -> dict:
-        """What the world simulator learns from: `size` next pictures, and many more steps of the hand, which are cheap."""
-        return self.picture_batch(size, generator) | {"transitions": self.transitions(self._draw(transitions, generator))}
+        """What the world simulator learns from: `size` next pictures, and many more steps of the hand, which are cheap.
+
+        "transitions": as of `transitions`, (B, M, ...), M of them beside every picture, some `transitions` in all.
+        """
+        pictures, M = self.picture_batch(size, generator), max(1, transitions // size)
+        steps = self.transitions(self._draw(size * M, generator))
+        return pictures | {"transitions": [value.unflatten(0, (size, M)) for value in steps]}
 
     def picture_batch(self, size, generator) -> dict:
         return self.pictures(self._draw(size, generator))

@@ -29,6 +29,7 @@ import tyro
 from tqdm import tqdm
 
 import report
+from distributed import barrier, gather, rank, shard, start, world_size
 from episodes import ChunkData, Episode, load_episodes
 from fidelity import frame_scores, imagine_episodes, measure
 from libero_env import LiberoContext, LiberoVectorEnv, initial_states, load_suite, step_limit
@@ -71,17 +72,19 @@ def play(policy, env: LiberoVectorEnv, contexts, folder, source, seed, temperatu
     temperatures: one for each context, multiplying the policy's scale b; None plays greedily.
 
     Finished episodes are kept and not played again. Tasks are played num_envs at a time, one a process, because a
-    simulator takes seconds to build. Returns all lines, in the order of `contexts`.
+    simulator takes seconds to build. Several processes share the episodes. Returns all lines, in the order of `contexts`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "episodes.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     lines = {line["file"]: line for line in lines}
+    barrier()  # everyone has read the log before anyone adds to it
     files = [f"task{context.task_id:02d}_seed{context.seed:06d}.npz" for context in contexts]
     todo = [episode for episode in zip(files, contexts, temperatures or [1.0] * len(contexts)) if episode[0] not in lines]
+    done, todo = len(contexts) - len(todo), shard(sorted(todo, key=lambda episode: episode[1].task_id))
     tasks = sorted({context.task_id for _, context, _ in todo})
-    with tqdm(total=len(contexts), initial=len(contexts) - len(todo), desc=folder.name.removesuffix(".tmp"),
+    with tqdm(total=done + len(todo), initial=done, desc=folder.name.removesuffix(".tmp"),
               unit="episode") as bar:
         for first in range(0, len(tasks), env.num_envs):
             queues = [[episode for episode in todo if episode[1].task_id == task]
@@ -94,6 +97,8 @@ def play(policy, env: LiberoVectorEnv, contexts, folder, source, seed, temperatu
                 lines[file] = save_episode(played, row, folder / file, context, source, env)
                 with open(path, "a") as log:
                     log.write(json.dumps(lines[file]) + "\n")
+    for others in gather(lines):
+        lines |= others
     return [lines[file] for file in files]
 
 
@@ -159,8 +164,12 @@ def proportion(values) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 def imagined_success(policy, world, reflector, starts, horizon, rule) -> np.ndarray:
     """(B,) bool: does the reflector stop the greedy, imagined rollout from each `StartContext` within `horizon`?"""
-    env = VirtualEnv(world, reflector, VirtualEnvConfig(horizon=horizon, stop=rule, shared_noise=False), len(starts))
-    return rollout(policy, env, starts, greedy=True).terminated.cpu().numpy()
+    mine, stopped = shard(range(len(starts))), np.zeros(0, bool)
+    if mine:
+        env = VirtualEnv(world, reflector, VirtualEnvConfig(horizon=horizon, stop=rule, shared_noise=False), len(mine),
+                         first=mine[0], total=len(starts))
+        stopped = rollout(policy, env, [starts[i] for i in mine], greedy=True).terminated.cpu().numpy()
+    return np.concatenate(gather(stopped))
 
 
 def film(world, reflector, episode, path, title):
@@ -230,6 +239,8 @@ def measure_world(arguments, run, trained, suite, task_ids, policy, world, refle
         play(policy, env, contexts, folder, "test", TEST_SEED, heat)
     finally:
         env.close()
+    if rank():
+        return
     library = load_episodes(run / "demonstrate" / "episodes") + load_episodes(run / "explore")
     measured = measure(world, reflector, policy, load_episodes(folder), library, rule, folder)
     write_json(folder / "fidelity.json", measured)
@@ -265,7 +276,7 @@ def main(arguments: Arguments):
     suite = arguments.task or trained["task"]
     load_suite(suite)
     task_ids = list(arguments.task_ids or (trained["task_ids"] if suite == trained["task"] else range(10)))
-    policies, num_procs = load_policies(run, device), arguments.num_procs or os.cpu_count() or 1
+    policies, num_procs = load_policies(run, device), max(1, (arguments.num_procs or os.cpu_count() or 1) // world_size())
     reflector = Reflector.from_pretrained(run / "reflect").to(device).eval()
     sizes, rule = next(iter(policies.values())).config, StopRule(**trained["virtual"]["stop"])
     if arguments.benchmark or arguments.world:
@@ -292,4 +303,5 @@ def main(arguments: Arguments):
 
 if __name__ == "__main__":
     with clear_errors():
+        start()
         main(tyro.cli(Arguments))
