@@ -25,6 +25,7 @@ class ExploreConfig:
     episodes: int = 16  # episodes a task
     held_out: int = 3  # of these, the first ones: nothing is trained on them, they measure simulator and reflector
     temperatures: tuple[float, ...] = (1.0, 2.0, 4.0)  # taken in turn, they multiply the cloned policy's Laplace scale b
+    retries: int = 2  # times that every other episode is taken up again shortly before its fingers first closed
     linger: int = 3  # chunks to go on after the goal is reached, so that there are frames of a task that is done
     mesh_cell: float = 0.006  # m; vertices closer than this are merged in demonstrations and exploration (0: never)
 
@@ -82,7 +83,7 @@ def tiny() -> TrainConfig:
     fast = dict(warmup=5, save_every=10)
     return TrainConfig(
         preset="tiny", task_ids=(0, 1), num_demos=1, trust_world=True, policy=PolicyConfig.tiny(),
-        clone=FitConfig(steps=60, batch_size=16, **fast), explore=ExploreConfig(episodes=2, held_out=1),
+        clone=FitConfig(steps=60, batch_size=16, **fast), explore=ExploreConfig(episodes=2, held_out=1, retries=1),
         world_model=WorldModelConfig(channels=(16, 32, 32), patch=4), simulate=FitConfig(steps=30, batch_size=8, **fast),
         grasp=FitConfig(steps=20, batch_size=8, **fast),
         reflector=ReflectorConfig(channels=16, width=32), reflect=FitConfig(steps=30, batch_size=8, **fast),

@@ -196,12 +196,16 @@ class ChunkData:
 
         "transitions": as of `transitions`, (B, M, ...), M of them beside every picture, some `transitions` in all.
         """
-        pictures, M = self.picture_batch(size, generator), max(1, transitions // size)
+        pictures, M = self.pictures(self._draw(size, generator)), max(1, transitions // size)
         steps = self.transitions(self._draw(size * M, generator))
         return pictures | {"transitions": [value.unflatten(0, (size, M)) for value in steps]}
 
-    def picture_batch(self, size, generator) -> dict:
-        return self.pictures(self._draw(size, generator))
+    def grasp_batch(self, size, generator) -> dict:
+        """Frames (B, V, 3, H, W) uint8 and what follows them, as `transitions`: for the fingers alone."""
+        picks = self._draw(size, generator)
+        names = ("state", "previous_actions", "actions", "next_state")
+        return dict(zip(names, self.transitions(picks)),
+                    images=_stack([self.tracks[k].images[t] for k, t in picks], self.device))
 
     def _draw(self, count, generator):
         return [self.index[i] for i in torch.randint(len(self.index), (count,), generator=generator)]

@@ -80,7 +80,8 @@ def play(policy, env: LiberoVectorEnv, contexts, folder, source, seed, temperatu
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     lines = {line["file"]: line for line in lines}
     barrier()  # everyone has read the log before anyone adds to it
-    files = [f"task{context.task_id:02d}_seed{context.seed:06d}.npz" for context in contexts]
+    files = [f"task{context.task_id:02d}_seed{context.seed:06d}{f'_{context.take}' if context.take else ''}.npz"
+             for context in contexts]
     todo = [episode for episode in zip(files, contexts, temperatures or [1.0] * len(contexts)) if episode[0] not in lines]
     done, todo = len(contexts) - len(todo), shard(sorted(todo, key=lambda episode: episode[1].task_id))
     tasks = sorted({context.task_id for _, context, _ in todo})

@@ -29,7 +29,7 @@ import runs
 from config import STAGES, TrainConfig, parse, stage_settings
 from demonstrations import collect_demonstrations, read_demonstrations
 from distributed import barrier, gather, rank, shard, world_size
-from episodes import ChunkData, CloneData, Normalizer, StartContext, joined, load_episodes
+from episodes import ChunkData, CloneData, Episode, Normalizer, StartContext, joined, load_episodes
 from evaluate import compare, evaluate_policies, film, imagined_success, load_policies, pick_device, play, proportion
 from fidelity import (check_trust, frame_logits, frame_scores, horizon_errors, imagine_episodes, outcome_agreement,
                       reflector_quality)
@@ -154,7 +154,10 @@ def fit_clone(name, policy, data, config, run, folder, device):
 
 
 def explore(config, run, folder, device):
-    """The cloned policy acts in the true simulator with a ~ Laplace(loc, b * temperature); everything is kept."""
+    """The cloned policy acts in the true simulator with a ~ Laplace(loc, b * temperature); everything is kept.
+
+    Then episodes are taken up again shortly before their first grasp: it decides them, and takes a fifth of their time.
+    """
     policy, first = first_policy(config, run, device), 100_000 * (config.seed + 1)
     if config.refresh:  # its episodes are kept; the new ones open another thousand
         if not gather((folder / "episodes.jsonl").exists())[0]:  # rank 0 decides: it copies
@@ -167,9 +170,31 @@ def explore(config, run, folder, device):
                           linger=config.explore.linger, mesh_cell=config.explore.mesh_cell, device=device)
     try:
         lines = play(policy, env, contexts, folder, "explore", config.seed, temperatures)
+        retries = grasp_retries([Episode.load(folder / line["file"]) for line in lines], config)
+        play(policy, env, retries, folder, "retry", config.seed, [heat[context.take % len(heat)] for context in retries])
     finally:
         env.close()
     print(f"explore: {sum(line['oracle_stop'] for line in lines)} of {len(lines)} episodes succeeded")
+
+
+def grasp_retries(episodes, config) -> list[LiberoContext]:
+    """The training episodes again, from one to three chunks before their fingers first closed to three chunks after."""
+    contexts, L = [], config.policy.chunk_size
+    for number, episode in enumerate(episodes):
+        closing = first_closing(episode.states)
+        if not closing or episode.seed % 1000 < config.explore.held_out:
+            continue
+        for take in range(1, 1 + config.explore.retries):
+            start = max(0, closing - 1 - (number + take) % 3)
+            contexts.append(LiberoContext(episode.task_id, episode.seed, prefix=episode.actions[:start * L], take=take,
+                                          max_steps=(closing + 3 - start) * L))
+    return contexts
+
+
+def first_closing(states) -> int | None:
+    """The first of the frames `states` (T, 8) in which the fingers have begun to close."""
+    closing = np.flatnonzero(states[:, 6] - states[:, 7] < CLOSING)
+    return int(closing[0]) if len(closing) else None
 
 
 def demonstrations(run):
@@ -212,7 +237,7 @@ def simulate(config, run, folder, device):
     barrier()
     copies, half = ChunkData(load_episodes(folder / "imagined"), L, device), config.grasp.batch_size // 2
     fit("grasp", world.grasp_predictor,
-        lambda step, generator: joined(data.picture_batch(half, generator), copies.picture_batch(half, generator)),
+        lambda step, generator: joined(data.grasp_batch(half, generator), copies.grasp_batch(half, generator)),
         lambda _, batch, generator, rows: grasp_loss(world, batch, generator, rows), config.grasp, folder / "grasp",
         config.seed, device, lambda step, metrics: run.log("grasp", step, metrics))
     if rank():
@@ -319,7 +344,8 @@ def virtual_world(config, run, device):
     training, _ = explored(config, run)
     data = ChunkData(demonstrations(run) + training, config.policy.chunk_size, device)
     pools, start = start_pools(data), config.start
-    failed = [[not episode.success.any() for episode in training if episode.task_id == task] for task in config.task_ids]
+    failed = [[not episode.success.any() for episode in training if episode.task_id == task and episode.source == "explore"]
+              for task in config.task_ids]
     share = torch.tensor([((sum(values) + 1) / (len(values) + 2)) ** start.focus for values in failed])
     if start.midway + start.contact > 1:
         raise UserError("--start.midway and --start.contact are fractions of the starts: their sum must not be above 1")
@@ -344,11 +370,11 @@ def start_pools(data) -> dict[tuple[str, int], list]:
     pools = {}
     for k, t in data.index:
         track, task = data.tracks[k], data.episodes[k].task_id
-        closing = np.flatnonzero(track.states[:, 6] - track.states[:, 7] < CLOSING)
+        closing = first_closing(track.states)
         if track.success[:t + 1].any():
             continue
         pools.setdefault(("midway" if t else "opening", task), []).append((k, t))
-        if len(closing) and 0 < closing[0] - t <= 3:
+        if closing is not None and 0 < closing - t <= 3:
             pools.setdefault(("contact", task), []).append((k, t))
     return pools
 

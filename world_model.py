@@ -251,11 +251,10 @@ def draw_sigmas(config: WorldModelConfig, B: int, generator: torch.Generator, de
     return log_sigma.exp().to(device)
 
 
-def noised(memory: Tensor, most: float, generator: torch.Generator) -> Tensor:
-    """Memory (B, F, V, 3, H, W) with noise on all but the first frame; each sample has its own level."""
-    level = torch.rand(len(memory), 1, 1, 1, 1, 1, generator=generator, device=generator.device) * most
-    noise = normal(memory[:, 1:].shape, generator, memory.device) * level.to(memory.device)
-    return torch.cat([memory[:, :1], memory[:, 1:] + noise], dim=1)
+def noised(images: Tensor, most: float, generator: torch.Generator) -> Tensor:
+    """Images (B, ..., 3, H, W) with noise; each sample has its own level."""
+    level = torch.rand(len(images), *[1] * (images.dim() - 1), generator=generator, device=generator.device) * most
+    return images + normal(images.shape, generator, images.device) * level.to(images.device)
 
 
 def world_model_loss(model: WorldModel, batch: dict, generator: torch.Generator, rows=slice(None)) -> tuple[Tensor, dict]:
@@ -263,8 +262,9 @@ def world_model_loss(model: WorldModel, batch: dict, generator: torch.Generator,
 
     batch: `ChunkData.world_batch`. The noise is drawn for all of it: a row's does not depend on how it is cut.
     """
+    memory = to_float(batch["memory"])  # the first frame stays clean: it anchors the scene
+    memory = torch.cat([memory[:, :1], noised(memory[:, 1:], model.config.memory_noise, generator)], dim=1)[rows]
     target = to_float(batch["target"]).flatten(1, 2)  # (B, V*3, H, W)
-    memory = noised(to_float(batch["memory"]), model.config.memory_noise, generator)[rows]
     sigma = draw_sigmas(model.config, len(target), generator, target.device)[rows]
     noise = normal(target.shape, generator, target.device)[rows]
     memory_states, next_state, actions = (batch[name][rows] for name in ("memory_states", "next_state", "actions"))
@@ -293,10 +293,10 @@ def world_model_loss(model: WorldModel, batch: dict, generator: torch.Generator,
 
 
 def grasp_loss(model: WorldModel, batch: dict, generator: torch.Generator, rows=slice(None)) -> tuple[Tensor, dict]:
-    """Cross-entropy of the fingers' opening after a chunk. batch: `ChunkData.pictures`, true and imagined ones."""
-    images = noised(to_float(batch["memory"]), model.config.memory_noise, generator)[rows, -1]
-    state, target = batch["memory_states"][rows, -1], opening_bin(batch["next_state"][rows])
-    logits = model.grasp_logits(images, state, batch["previous_actions"][rows], batch["actions"][rows])
+    """Cross-entropy of the fingers' opening after a chunk. batch: `ChunkData.grasp_batch`, true and imagined pictures."""
+    images = noised(to_float(batch["images"]), model.config.memory_noise, generator)[rows]
+    target = opening_bin(batch["next_state"][rows])
+    logits = model.grasp_logits(images, *(batch[name][rows] for name in ("state", "previous_actions", "actions")))
     loss = F.cross_entropy(logits, target)
     return loss, {"loss": loss.item(), "accuracy": (logits.argmax(dim=1) == target).float().mean().item()}
 

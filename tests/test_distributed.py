@@ -98,13 +98,13 @@ def train_all(folder, accumulate=1):
     reflector, clone_data = Reflector(REFLECTOR), CloneData(episodes(), NORMALIZER, L, CPU)
     learn("clone", policy, lambda step, generator: clone_data.batch(7, generator), clone_loss)
     learn("simulate", world, lambda step, generator: data.world_batch(7, generator, transitions=21), world_model_loss)
-    learn("grasp", world.grasp_predictor, lambda step, generator: data.picture_batch(7, generator),
+    learn("grasp", world.grasp_predictor, lambda step, generator: data.grasp_batch(7, generator),
           lambda _, batch, generator, rows: grasp_loss(world, batch, generator, rows))
     learn("reflect", reflector, lambda step, generator: data.frame_batch(7, generator), reflector_loss)
 
     ppo = PPOConfig(groups=3, group_size=3, minibatch=8, microbatch=5, warmup=1, epochs=2)
-    mine, optimizer, before = distributed.shard(range(3)), torch.optim.SGD(policy.parameters(), 1e-3), vector(policy)
-    env = VirtualEnv(world, Bright(), VirtualEnvConfig(horizon=3, stop=StopRule(0.6, 1)), len(mine) * 3, 3, mine[0] * 3, 9)
+    mine, optimizer, before = distributed.shard(range(3)), torch.optim.SGD(policy.parameters(), 0.005), vector(policy)
+    env = VirtualEnv(world, Bright(), VirtualEnvConfig(horizon=3, stop=StopRule(0.85, 1)), len(mine) * 3, 3, mine[0] * 3, 9)
     for iteration in range(2):
         env.reset_noise(iteration)
         log["imagine"] = improve(policy, optimizer, env, lambda count, generator: data.starts(
@@ -143,7 +143,7 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("name", ["clone", "simulate", "grasp", "reflect", "imagine"])
 def test_two_processes_learn_what_one_does(results, name):
     _, (one, log), (two, other) = results
-    assert one[name].abs().max() > 1e-3
+    assert one[name].abs().max() > 5e-4
     assert (one[name] - two[name]).abs().max() < 1e-5
     for key, value in log[name].items():
         if not key.endswith("_noise"):  # thirds of the batch by noise level: each part has its own

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from episodes import ChunkData, Episode
 from report import wilson_interval
-from train import start_pools
+from config import TrainConfig
+from train import grasp_retries, start_pools
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--preset", "tiny", "--device", "cpu"]
@@ -151,15 +152,31 @@ def test_a_refresh_explores_with_the_last_policy_and_keeps_data_and_weights(fini
     refused(run("train.py", *TINY, "--refresh", tmp_path / "none", "--output_dir", tmp_path / "r"), "finished run folder")
 
 
-def test_rollouts_start_before_contact_inside_episodes_and_at_their_openings():
+def explored_episode(**fields):
+    """Nine frames, a chunk of 8 steps apart: the fingers are closed from frame 5 on, the task is done from frame 7 on."""
     states = np.zeros((9, 8), np.float32)
-    states[:5, 6] = 0.08  # the fingers are closed from frame 5 on
-    success = np.arange(9) >= 7
-    episode = Episode(images=np.zeros((9, 2, 3, 8, 8), np.uint8), states=states, actions=np.zeros((64, 7), np.float32),
-                      success=success, stride=8, task_id=3, instruction="pick", source="explore", seed=0)
-    pools = start_pools(ChunkData([episode], 8, "cpu"))
+    states[:5, 6] = 0.08
+    values = dict(images=np.zeros((9, 2, 3, 8, 8), np.uint8), states=states, actions=np.ones((64, 7), np.float32),
+                  success=np.arange(9) >= 7, stride=8, task_id=3, instruction="pick", source="explore", seed=100_009)
+    return Episode(**values | fields)
+
+
+def test_rollouts_start_before_contact_inside_episodes_and_at_their_openings():
+    pools = start_pools(ChunkData([explored_episode()], 8, "cpu"))
     assert pools == {("opening", 3): [(0, 0)], ("midway", 3): [(0, t) for t in range(1, 7)],
                      ("contact", 3): [(0, 2), (0, 3), (0, 4)]}
+
+
+def test_only_training_episodes_that_grasp_are_taken_up_again_and_just_before_it():
+    never, held_out = np.zeros((9, 8), np.float32), 100_002
+    never[:, 6] = 0.08
+    episodes = [explored_episode(), explored_episode(states=never), explored_episode(seed=held_out)]
+    contexts = grasp_retries(episodes, TrainConfig())
+    assert [(context.task_id, context.seed, context.take) for context in contexts] == [(3, 100_009, 1), (3, 100_009, 2)]
+    for context in contexts:
+        start = len(context.prefix) // 8
+        assert 2 <= start <= 4 and start * 8 + context.max_steps == 64  # to three chunks after frame 5
+    assert len({len(context.prefix) for context in contexts}) == 2
 
 
 def test_both_worlds_are_looked_at_between_rl_iterations(finished, tmp_path):
