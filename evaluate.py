@@ -92,8 +92,8 @@ def play(policy, env: LiberoVectorEnv, contexts, folder, source, seed, temperatu
                       for task in tasks[first:first + env.num_envs]]
             batch = [episode for row in zip_longest(*queues) for episode in row if episode]
             _, starts, heat = zip(*batch)
-            played = rollout(policy, env, starts, temperatures is None, heat, step_generator(seed, tasks[first]),
-                             progress=bar.update)
+            played = rollout(policy, env, starts, temperatures is None, heat, [step_generator(
+                seed, 100_000_000 * (context.take + 100 * context.task_id) + context.seed) for context in starts], bar.update)
             for row, (file, context, _) in enumerate(batch):
                 lines[file] = save_episode(played, row, folder / file, context, source, env)
                 with open(path, "a") as log:

@@ -81,11 +81,10 @@ def rollout(policy, env, contexts, greedy=False, temperature=1.0, generator=None
 
     Slot i of the environment plays contexts i, i + num_envs, i + 2 num_envs, ...: a masked reset refills it.
     `env.num_envs` 0 or None means any number: all contexts are played at once. Exploration noise comes from
-    `generator` alone, or from a list with one for each context (see `generators`); `temperature` is one number or one
-    for each context. `progress(ended)` hears after every chunk how many episodes have just ended.
+    `generator` alone, which may be a list with one for each context; `temperature` is one number or one for each
+    context. `progress(ended)` hears after every chunk how many episodes have just ended.
     """
     policy.eval()
-    generator = generators(len(contexts), generator) if isinstance(generator, torch.Generator) else generator
     total, slots = len(contexts), env.num_envs or len(contexts)
     temperature = torch.as_tensor(temperature).float().expand(total)        # (B,)
     which, chunk = torch.arange(slots), torch.zeros(slots, dtype=torch.long)  # a slot's context, next chunk
@@ -96,7 +95,7 @@ def rollout(policy, env, contexts, greedy=False, temperature=1.0, generator=None
             starts.append((which[fresh], select(obs, fresh.nonzero().flatten())))
         index = (which < total).nonzero().flatten()                         # (b,) slots that still play
         distribution = policy(select(obs, index)).tempered(temperature[which[index], None, None])
-        noise = generator and [generator[i] for i in which[index].tolist()]
+        noise = [generator[i] for i in which[index].tolist()] if isinstance(generator, list) else generator
         action = distribution.mode if greedy else distribution.sample(noise)  # (b, L, A)
         env_action = policy.env_actions(action)                             # (b, L, A)
         command = env_action.new_zeros(slots, *env_action.shape[1:])        # (slots, L, A) idle slots: zeros
@@ -118,7 +117,7 @@ def rollout(policy, env, contexts, greedy=False, temperature=1.0, generator=None
 
 
 def generators(count, generator):
-    """One for each of `count` contexts: an episode's noise does not depend on what is played beside it, or where."""
+    """One for each of `count` contexts: a rollout's noise does not depend on what is played beside it, or where."""
     seeds = torch.randint(2**62, (count,), generator=generator)
     return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
 

@@ -1,4 +1,5 @@
 """Promises of distributed.py: two processes learn what one does. torchrun starts this file with a folder to write to."""
+import copy
 import json
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from reflector import Reflector, ReflectorConfig, StopRule, reflector_loss
 from runs import FitConfig, fit, step_generator
 from world_model import VirtualEnv, VirtualEnvConfig, WorldModel, WorldModelConfig, grasp_loss, world_model_loss
 
+torch.set_num_threads(1)
 CPU, L, SIZE = torch.device("cpu"), 4, 16
 CAMERAS = Cameras(Camera(45.0, [0.9, 0.0, 0.65], [[0.0, -0.6, 0.8], [1.0, 0.0, 0.0], [0.0, 0.8, 0.6]]),
                   Camera(75.0, [0.05, 0.0, -0.097], [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]]), plane_z=0.0)
@@ -82,7 +84,8 @@ class Counting(gymnasium.vector.VectorEnv):
 def train_all(folder, accumulate=1):
     """Every kind of training, and both evaluations, of tiny models: {name: change of the weights}, and what else must be alike.
 
-    By plain gradient descent: Adam blows rounding up to whole steps where a gradient is nearly zero.
+    By plain gradient descent: Adam blows rounding up to whole steps where a gradient is nearly zero. One iteration of RL:
+    in the second one, rounding of imagined pictures to 8 bits would do the same.
     """
     config, data, log, weights = replace(STEPS, accumulate=accumulate), ChunkData(episodes(), L, CPU), {}, {}
 
@@ -94,28 +97,27 @@ def train_all(folder, accumulate=1):
         weights[name] = vector(model) - before
 
     torch.manual_seed(0)
-    policy, world = Policy(POLICY, NORMALIZER), WorldModel(WORLD, CAMERAS, NORMALIZER)
-    reflector, clone_data = Reflector(REFLECTOR), CloneData(episodes(), NORMALIZER, L, CPU)
-    learn("clone", policy, lambda step, generator: clone_data.batch(7, generator), clone_loss)
+    world, reflector, clone_data = WorldModel(WORLD, CAMERAS, NORMALIZER), Reflector(REFLECTOR), CloneData(
+        episodes(), NORMALIZER, L, CPU)
+    learn("clone", Policy(POLICY, NORMALIZER), lambda step, generator: clone_data.batch(7, generator), clone_loss)
     learn("simulate", world, lambda step, generator: data.world_batch(7, generator, transitions=21), world_model_loss)
     learn("grasp", world.grasp_predictor, lambda step, generator: data.grasp_batch(7, generator),
           lambda _, batch, generator, rows: grasp_loss(world, batch, generator, rows))
     learn("reflect", reflector, lambda step, generator: data.frame_batch(7, generator), reflector_loss)
 
-    ppo = PPOConfig(groups=3, group_size=3, minibatch=8, microbatch=5, warmup=1, epochs=2)
-    mine, optimizer, before = distributed.shard(range(3)), torch.optim.SGD(policy.parameters(), 0.005), vector(policy)
-    env = VirtualEnv(world, Bright(), VirtualEnvConfig(horizon=3, stop=StopRule(0.85, 1)), len(mine) * 3, 3, mine[0] * 3, 9)
-    for iteration in range(2):
-        env.reset_noise(iteration)
-        log["imagine"] = improve(policy, optimizer, env, lambda count, generator: data.starts(
-            [data.index[i] for i in torch.randint(len(data.index), (count,), generator=generator)]),
-            ppo, step_generator(0, iteration))
+    ppo = PPOConfig(groups=3, group_size=3, minibatch=5, microbatch=3, warmup=1, epochs=2)
+    torch.manual_seed(1)  # as every stage does before it draws a network
+    mine, dream, policy = distributed.shard(range(3)), WorldModel(WORLD, CAMERAS, NORMALIZER), Policy(POLICY, NORMALIZER)
+    before, start = vector(policy), copy.deepcopy(policy)
+    env = VirtualEnv(dream, Bright(), VirtualEnvConfig(horizon=3, stop=StopRule(0.8, 1)), len(mine) * 3, 3, mine[0] * 3, 9)
+    log["imagine"] = improve(policy, torch.optim.SGD(policy.parameters(), 2e-3), env, lambda count, generator: data.starts(
+        [data.index[i] for i in torch.randint(len(data.index), (count,), generator=generator)]), ppo, step_generator(0, 0))
     weights["imagine"] = vector(policy) - before
 
     contexts = [LiberoContext(task, seed) for task, count in ((0, 1), (1, 4), (2, 2)) for seed in range(count)]
-    log["lines"] = play(policy, Counting(), contexts, folder / "explore", "explore", 0, [1.0, 2.0, 4.0, 1.0, 2.0, 4.0, 1.0])
+    log["lines"] = play(start, Counting(), contexts, folder / "explore", "explore", 0, [1.0, 2.0, 4.0, 1.0, 2.0, 4.0, 1.0])
     starts = data.starts(data.index[:5])
-    log["stopped"] = imagined_success(policy, world, Bright(), starts, 3, StopRule(0.5, 1)).tolist()
+    log["stopped"] = imagined_success(start, dream, Bright(), starts, 3, StopRule(0.5, 1)).tolist()
     log["apart"] = max(float((other - weights[name]).abs().max()) for name in weights
                        for other in distributed.gather(weights[name]))
     return weights, log
@@ -143,8 +145,8 @@ def results(tmp_path_factory):
 @pytest.mark.parametrize("name", ["clone", "simulate", "grasp", "reflect", "imagine"])
 def test_two_processes_learn_what_one_does(results, name):
     _, (one, log), (two, other) = results
-    assert one[name].abs().max() > 5e-4
-    assert (one[name] - two[name]).abs().max() < 1e-5
+    assert one[name].abs().max() > 5e-5
+    assert (one[name] - two[name]).abs().max() < min(1e-5, 1e-3 * one[name].abs().max())
     for key, value in log[name].items():
         if not key.endswith("_noise"):  # thirds of the batch by noise level: each part has its own
             assert other[name][key] == pytest.approx(value, abs=1e-4), key
@@ -187,7 +189,6 @@ def test_an_error_in_one_process_ends_all_with_one_line(tmp_path):
 
 if __name__ == "__main__":
     distributed.start()
-    torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     weights, log = train_all(folder)
     if distributed.rank() == 0:
