@@ -96,6 +96,7 @@ class LiberoTask:
         self.env.env.hard_reset = False  # a soft reset gives the same trajectory 100 times faster
         self.env.env._update_observables = lambda force=False: None  # 25 updates a control step that nobody reads
         self.env.env._get_observations = lambda force_update=False: {}
+        self._substeps = int(self.env.env.control_timestep / self.env.env.model_timestep)
         self._renderer = None
 
     def reset(self, seed=None, init_state=None):
@@ -119,8 +120,23 @@ class LiberoTask:
             self.env.reset()
 
     def step(self, action) -> bool:
-        """One control step (50 ms) with action (7,); True while the task's goal holds."""
-        self.env.step(np.clip(action, -1, 1))
+        """One control step (50 ms) with action (7,); True while the task's goal holds.
+
+        robosuite's `step` to the bit, in half its time: it computes the whole dynamics three times a physics step and asks
+        for success three times a control step. What depends on position and velocity alone is enough for the controller.
+        """
+        import mujoco
+        sim, robot, action = self.env.sim, self.env.robots[0], np.clip(action, -1, 1)
+        model, data = sim.model._model, sim.data._data
+        sim.forward = lambda: None  # the controller asks for what mj_step1 has just computed
+        for substep in range(self._substeps):
+            mujoco.mj_step1(model, data)
+            if substep == 0:
+                robot.controller.set_goal(action[:6])
+            robot.control(action)
+            mujoco.mj_step2(model, data)
+        del sim.forward
+        self.env._post_process()
         return bool(self.env.check_success())
 
     def state(self) -> np.ndarray:
