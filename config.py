@@ -23,15 +23,18 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 @dataclass
 class ExploreConfig:
     episodes: int = 16  # episodes a task
-    held_out: int = 3  # of these, episodes a task that nothing is trained on; they measure simulator and reflector
+    held_out: int = 3  # of these, the first ones: nothing is trained on them, they measure simulator and reflector
     temperatures: tuple[float, ...] = (1.0, 2.0, 4.0)  # taken in turn, they multiply the cloned policy's Laplace scale b
+    retries: int = 2  # times that every other episode is taken up again shortly before its fingers first closed
     linger: int = 3  # chunks to go on after the goal is reached, so that there are frames of a task that is done
     mesh_cell: float = 0.006  # m; vertices closer than this are merged in demonstrations and exploration (0: never)
 
 
 @dataclass
 class StartConfig:
-    midway: float = 0.5  # fraction of imagined rollouts that start inside a recorded episode, the others at its start
+    """Where imagined rollouts start in recorded episodes; what the fractions leave over starts at their first frames."""
+    contact: float = 0.5  # fraction that starts one to three chunks before the fingers first close (WoVR's keyframes)
+    midway: float = 0.25  # fraction that starts at any later frame in which the task is not done
     focus: float = 1.0  # a task's share of the starts grows with its failures in exploration, to this power; 0: all alike
 
 
@@ -53,6 +56,7 @@ class TrainConfig:
     stages: tuple[Stage, ...] = STAGES  # stages to run; what they need of the others must be there
     demos: str = ""  # folder with official LIBERO HDF5 demonstrations; empty: a scripted expert makes them
     num_demos: int = 5  # demonstrations a task
+    refresh: str = ""  # finished run folder to go on from: its last policy explores, its data and weights are kept
     rl_env: Literal["virtual", "libero", "none"] = "virtual"  # where RL happens; none: clone successes instead
     trust_world: bool = False  # start RL even where the held-out episodes say that the imagination is no good
     device: str = "auto"  # "auto" takes the GPU where there is one; or "cpu", "cuda"
@@ -77,7 +81,7 @@ def tiny() -> TrainConfig:
     fast = dict(warmup=5, save_every=10)
     return TrainConfig(
         preset="tiny", task_ids=(0, 1), num_demos=1, trust_world=True, policy=PolicyConfig.tiny(),
-        clone=FitConfig(steps=60, batch_size=16, **fast), explore=ExploreConfig(episodes=2, held_out=1),
+        clone=FitConfig(steps=60, batch_size=16, **fast), explore=ExploreConfig(episodes=2, held_out=1, retries=1),
         world_model=WorldModelConfig(channels=(16, 32, 32), patch=4), simulate=FitConfig(steps=30, batch_size=8, **fast),
         grasp=FitConfig(steps=20, batch_size=8, **fast),
         reflector=ReflectorConfig(channels=16, width=32), reflect=FitConfig(steps=30, batch_size=8, **fast),
@@ -91,7 +95,7 @@ def stage_settings(config, name) -> dict:
                 "simulate": ("world_model", "simulate", "grasp"), "reflect": ("reflector", "reflect"),
                 "imagine": ("virtual", "start", "ppo", "check", "rl_env"), "evaluate": ("evaluate",)}
     values = asdict(config)
-    return {key: values[key] for key in ("task", "task_ids", "seed", *sections[name])}
+    return {key: values[key] for key in ("task", "task_ids", "seed", "refresh", *sections[name])}
 
 
 def parse(arguments: list[str]) -> TrainConfig:

@@ -78,7 +78,8 @@ def play(policy, env: LiberoVectorEnv, contexts, folder, source, seed, temperatu
     path = folder / "episodes.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     lines = {line["file"]: line for line in lines}
-    files = [f"task{context.task_id:02d}_seed{context.seed:06d}.npz" for context in contexts]
+    files = [f"task{context.task_id:02d}_seed{context.seed:06d}{f'_{context.take}' if context.take else ''}.npz"
+             for context in contexts]
     todo = [episode for episode in zip(files, contexts, temperatures or [1.0] * len(contexts)) if episode[0] not in lines]
     tasks = sorted({context.task_id for _, context, _ in todo})
     with tqdm(total=len(contexts), initial=len(contexts) - len(todo), desc=folder.name.removesuffix(".tmp"),

@@ -248,6 +248,9 @@ class LiberoContext:
     task_id: int
     seed: int = 0
     init_state: np.ndarray | None = None  # (D,)
+    prefix: np.ndarray | None = None  # (S, 7) actions that lead to the first frame: an episode taken up again
+    max_steps: int | None = None  # control steps after which it is cut off; None: the environment's
+    take: int = 0  # tells episodes of one task and seed apart
 
 
 class LiberoVectorEnv(gymnasium.vector.VectorEnv):
@@ -294,11 +297,12 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
         chosen = [i for i in range(self.num_envs) if mask is None or mask[i]]
         for i in chosen:
             context = contexts[i]
-            self._pipes[i].send(("reset", context.task_id, context.seed, context.init_state))
+            self._pipes[i].send(("reset", context.task_id, context.seed, context.init_state, context.prefix))
         for i in chosen:
             images, state, instruction = self._receive(i)
             self._slots[i] = {"first": images, "previous": images, "images": images, "state": state, "steps": 0,
-                              "instruction": instruction, "once": False, "since": 0, "scores": [], "over": False}
+                              "max_steps": contexts[i].max_steps or self.max_steps, "instruction": instruction,
+                              "once": False, "since": 0, "scores": [], "over": False}
         return self._observe(), self._info()
 
     def step(self, actions):
@@ -306,7 +310,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
         actions = actions.float().cpu().numpy()
         playing = [i for i, slot in enumerate(self._slots) if slot and not slot["over"]]
         for i in playing:
-            self._pipes[i].send(("chunk", actions[i, :self.max_steps - self._slots[i]["steps"]]))
+            self._pipes[i].send(("chunk", actions[i, :self._slots[i]["max_steps"] - self._slots[i]["steps"]]))
         reward, terminated, truncated = torch.zeros(self.num_envs), *torch.zeros(2, self.num_envs, dtype=torch.bool)
         success = torch.zeros(self.num_envs, dtype=torch.bool)
         for i in playing:
@@ -322,7 +326,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
             stopped = self.stop == "both" and bool(self.rule.stops(np.array(slot["scores"])).any())
             enough = stopped if self.stop == "both" else slot["since"] >= self.linger
             terminated[i] = slot["once"] and enough
-            truncated[i] = slot["steps"] >= self.max_steps and not terminated[i]
+            truncated[i] = slot["steps"] >= slot["max_steps"] and not terminated[i]
             slot["over"] = bool(terminated[i] or truncated[i])
             reward[i] = float(slot["once"] and slot["over"])
         return self._observe(), *(tensor.to(self.device) for tensor in (reward, terminated, truncated)), info
@@ -402,12 +406,14 @@ def _worker(pipe, suite, image_size, mesh_cell):
             os._exit(0)  # skips the GL libraries' noise at interpreter exit
         try:
             if command == "reset":
-                task_id, seed, init_state = arguments
+                task_id, seed, init_state, prefix = arguments
                 if task is None or task.task_id != task_id:
                     if task is not None:
                         task.close()
                     task = LiberoTask(suite, task_id, mesh_cell)
                 task.reset(seed, init_state)
+                for action in () if prefix is None else prefix:
+                    task.step(action)
                 reply = shrink(task.render(), image_size), task.state(), task.instruction
             else:
                 held = np.array([task.step(action) for action in arguments[0]])

@@ -14,17 +14,19 @@ skipped; a killed run goes on where it was with the same command. To redo a stag
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 import report
 from config import STAGES, TrainConfig, parse, stage_settings
 from demonstrations import collect_demonstrations, read_demonstrations
-from episodes import ChunkData, CloneData, Normalizer, StartContext, joined, load_episodes
+from episodes import ChunkData, CloneData, Episode, Normalizer, StartContext, joined, load_episodes
 from evaluate import compare, evaluate_policies, film, imagined_success, load_policies, pick_device, play, proportion
 from fidelity import (check_trust, frame_logits, frame_scores, horizon_errors, imagine_episodes, outcome_agreement,
                       reflector_quality)
@@ -33,9 +35,11 @@ from libero_env import LiberoContext, LiberoTask, LiberoVectorEnv, in_processes,
 from policy import Policy, clone_loss
 from ppo import add_lora, improve, make_optimizer, merge_lora
 from reflector import Reflector, calibrate, reflector_loss
-from runs import Run, UserError, clear_errors, fit, load_resume, read_json, save_resume, step_generator, write_json
+from runs import (Run, UserError, clear_errors, fit, load_resume, load_weights, read_json, save_resume, step_generator,
+                  write_json)
 from world_model import VirtualEnv, WorldModel, grasp_loss, world_model_loss
 
+CLOSING = 0.072  # m: fingers less open than this have begun to close
 CHECK_SEED = 20_000_000  # placements of `check`
 
 
@@ -75,6 +79,8 @@ def train(config: TrainConfig):
 # ---------------------------------------------------------------------------------------------------------------------
 def demonstrate(config, run, folder, device):
     """Five demonstrations a task, from the scripted expert or from the user's files, and where the cameras are."""
+    if config.refresh:
+        return keep("demonstrate", config, folder)
     names = {task: load_suite(config.task).get_task(task).name for task in config.task_ids}
     source = Path(config.demos) if config.demos else folder
     if not config.demos:
@@ -102,6 +108,8 @@ def demonstrate(config, run, folder, device):
 # ---------------------------------------------------------------------------------------------------------------------
 def clone(config, run, folder, device):
     """Supervised training of the policy and its Laplace scale head on the demonstrations."""
+    if config.refresh:
+        return keep("clone", config, folder)
     normalizer = Normalizer.from_dict(read_json(run.path("demonstrate") / "normalizer.json"))
     data = CloneData(demonstrations(run), normalizer, config.policy.chunk_size, device)
     torch.manual_seed(config.seed)
@@ -110,25 +118,66 @@ def clone(config, run, folder, device):
     policy.save_pretrained(folder)
 
 
+def keep(stage, config, folder):
+    """A refresh takes this stage from the run that it goes on from."""
+    source = Path(config.refresh) / stage
+    if not source.is_dir():
+        raise UserError(f"{source} is missing: --refresh takes a finished run folder")
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("settings.json"), dirs_exist_ok=True)
+
+
+def first_policy(config, run, device):
+    """Where exploration and RL begin: the cloned policy, or the last one of the run that is refreshed."""
+    return Policy.from_pretrained(Path(config.refresh) / "imagine" if config.refresh else run.path("clone")).to(device)
+
+
 def fit_clone(name, policy, data, config, run, folder, device):
     fit(name, policy, lambda step, generator: data.batch(config.clone.batch_size, generator), clone_loss,
         config.clone, folder, config.seed, device, lambda step, metrics: run.log(name, step, metrics))
 
 
 def explore(config, run, folder, device):
-    """The cloned policy acts in the true simulator with a ~ Laplace(loc, b * temperature); everything is kept."""
-    policy = Policy.from_pretrained(run.path("clone")).to(device)
-    contexts = [LiberoContext(task, seed=100_000 * (config.seed + 1) + number)
-                for task in config.task_ids for number in range(config.explore.episodes)]
+    """The cloned policy acts in the true simulator with a ~ Laplace(loc, b * temperature); everything is kept.
+
+    Then episodes are taken up again shortly before their first grasp: it decides them, and takes a fifth of their time.
+    """
+    policy, first = first_policy(config, run, device), 100_000 * (config.seed + 1)
+    if config.refresh:  # its episodes are kept; the new ones open another thousand
+        if not (folder / "episodes.jsonl").exists():
+            keep("explore", config, folder)
+        first = 1000 * (1 + max(episode.seed for episode in load_episodes(Path(config.refresh) / "explore")) // 1000)
+    contexts = [LiberoContext(task, first + number) for task in config.task_ids for number in range(config.explore.episodes)]
     heat = config.explore.temperatures
     temperatures = [heat[number % len(heat)] for _ in config.task_ids for number in range(config.explore.episodes)]
     env = LiberoVectorEnv(config.task, config.num_procs, config.policy.image_size, config.policy.chunk_size,
                           linger=config.explore.linger, mesh_cell=config.explore.mesh_cell, device=device)
     try:
         lines = play(policy, env, contexts, folder, "explore", config.seed, temperatures)
+        retries = grasp_retries([Episode.load(folder / line["file"]) for line in lines], config)
+        play(policy, env, retries, folder, "retry", config.seed, [heat[context.take % len(heat)] for context in retries])
     finally:
         env.close()
     print(f"explore: {sum(line['oracle_stop'] for line in lines)} of {len(lines)} episodes succeeded")
+
+
+def grasp_retries(episodes, config) -> list[LiberoContext]:
+    """The training episodes again, from one to three chunks before their fingers first closed to three chunks after."""
+    contexts, L = [], config.policy.chunk_size
+    for number, episode in enumerate(episodes):
+        closing = first_closing(episode.states)
+        if not closing or episode.seed % 1000 < config.explore.held_out:
+            continue
+        for take in range(1, 1 + config.explore.retries):
+            start = max(0, closing - 1 - (number + take) % 3)
+            contexts.append(LiberoContext(episode.task_id, episode.seed, prefix=episode.actions[:start * L], take=take,
+                                          max_steps=(closing + 3 - start) * L))
+    return contexts
+
+
+def first_closing(states) -> int | None:
+    """The first of the frames `states` (T, 8) in which the fingers have begun to close."""
+    closing = np.flatnonzero(states[:, 6] - states[:, 7] < CLOSING)
+    return int(closing[0]) if len(closing) else None
 
 
 def demonstrations(run):
@@ -136,11 +185,10 @@ def demonstrations(run):
 
 
 def explored(config, run):
-    """(training episodes, held-out episodes): the last `held_out` of every task are never trained on."""
-    episodes = load_episodes(run.path("explore"))
-    first_held_out = 100_000 * (config.seed + 1) + config.explore.episodes - config.explore.held_out
-    return ([episode for episode in episodes if episode.seed < first_held_out],
-            [episode for episode in episodes if episode.seed >= first_held_out])
+    """(training episodes, held-out episodes): the first `held_out` of every task are never trained on."""
+    episodes, held_out = load_episodes(run.path("explore")), config.explore.held_out
+    return ([episode for episode in episodes if episode.seed % 1000 >= held_out],
+            [episode for episode in episodes if episode.seed % 1000 < held_out])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,6 +207,8 @@ def simulate(config, run, folder, device):
     data = ChunkData(recorded, L, device)
     torch.manual_seed(config.seed)
     world = WorldModel(config.world_model, cameras, normalizer).to(device)
+    if config.refresh:
+        load_weights(Path(config.refresh) / "simulate", world)
     fit("simulate", world, lambda step, generator: data.world_batch(config.simulate.batch_size, generator),
         world_model_loss, config.simulate, folder, config.seed, device,
         lambda step, metrics: run.log("simulate", step, metrics))
@@ -187,6 +237,8 @@ def reflect(config, run, folder, device):
     imagined = ChunkData(load_episodes(run.path("simulate") / "imagined"), L, device)
     torch.manual_seed(config.seed)
     reflector = Reflector(config.reflector).to(device)
+    if config.refresh:
+        load_weights(Path(config.refresh) / "reflect", reflector)
     fit("reflect", reflector, lambda step, generator: joined(true.frame_batch(size // 2, generator),
                                                              imagined.frame_batch(size - size // 2, generator)),
         reflector_loss, config.reflect, folder, config.seed, device,
@@ -218,7 +270,7 @@ def imagine(config, run, folder, device):
     """RLOO + PPO (Algorithm 1) from the cloned policy, in the virtual environment; two baselines by `rl_env`."""
     if config.rl_env == "virtual" and not config.trust_world:
         check_trust(read_json(run.path("simulate") / "held_out.json"), read_json(run.path("reflect") / "held_out.json"))
-    policy = Policy.from_pretrained(run.path("clone")).to(device)
+    policy = first_policy(config, run, device)
     torch.manual_seed(config.seed)
     if config.rl_env == "none":
         successes = [episode for episode in explored(config, run)[0] if episode.success.any()]
@@ -265,26 +317,39 @@ def virtual_world(config, run, device):
     """The virtual environment, and start contexts drawn from recorded frames in which the task is not done."""
     training, _ = explored(config, run)
     data = ChunkData(demonstrations(run) + training, config.policy.chunk_size, device)
-    openings, midway = {task: [] for task in config.task_ids}, {task: [] for task in config.task_ids}
-    for k, t in data.index:
-        if t == 0:
-            openings[data.episodes[k].task_id].append((k, t))
-        elif not data.tracks[k].success[:t + 1].any():
-            midway[data.episodes[k].task_id].append((k, t))
-    failed = [[not episode.success.any() for episode in training if episode.task_id == task] for task in config.task_ids]
-    share = torch.tensor([((sum(values) + 1) / (len(values) + 2)) ** config.start.focus for values in failed])
+    pools, start = start_pools(data), config.start
+    failed = [[not episode.success.any() for episode in training if episode.task_id == task and episode.source == "explore"]
+              for task in config.task_ids]
+    share = torch.tensor([((sum(values) + 1) / (len(values) + 2)) ** start.focus for values in failed])
+    if start.midway + start.contact > 1:
+        raise UserError("--start.midway and --start.contact are fractions of the starts: their sum must not be above 1")
+    kinds = {"opening": 1 - start.midway - start.contact, "midway": start.midway, "contact": start.contact}
 
     def draw(count, generator) -> list[StartContext]:
-        picks = []
-        for place in torch.multinomial(share, count, replacement=True, generator=generator).tolist():
-            inside = torch.rand((), generator=generator) < config.start.midway
-            pool = (midway if inside else openings)[config.task_ids[place]]
-            picks.append(pool[int(torch.randint(len(pool), (), generator=generator))])
-        return data.starts(picks)
+        tasks = torch.multinomial(share, count, replacement=True, generator=generator).tolist()
+        names = torch.multinomial(torch.tensor([*kinds.values()]), count, replacement=True, generator=generator).tolist()
+        keys = [([*kinds][name], config.task_ids[task]) for name, task in zip(names, tasks)]
+        chosen = [pools.get(key) or pools["opening", key[1]] for key in keys]  # a task may have no such frame
+        return data.starts([pool[int(torch.randint(len(pool), (), generator=generator))] for pool in chosen])
 
     world, reflector = load_world(run, device)
     virtual = replace(config.virtual, seed=config.seed)
     return VirtualEnv(world, reflector, virtual, config.ppo.groups * config.ppo.group_size, config.ppo.group_size), draw
+
+
+def start_pools(data) -> dict[tuple[str, int], list]:
+    """Frames to start from, by kind and task: the first ones ("opening"), those one to three chunks before the fingers
+    first close ("contact"), and all later ones ("midway"); only where the task is not done and was not."""
+    pools = {}
+    for k, t in data.index:
+        track, task = data.tracks[k], data.episodes[k].task_id
+        closing = first_closing(track.states)
+        if track.success[:t + 1].any():
+            continue
+        pools.setdefault(("midway" if t else "opening", task), []).append((k, t))
+        if closing is not None and 0 < closing - t <= 3:
+            pools.setdefault(("contact", task), []).append((k, t))
+    return pools
 
 
 def true_world(config, device):

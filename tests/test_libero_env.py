@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from geometry import camera_pose, project
-from libero_env import LiberoTask, initial_states, load_suite, merge_vertices, shrink, step_limit
+from libero_env import LiberoContext, LiberoTask, LiberoVectorEnv, initial_states, load_suite, merge_vertices, shrink, step_limit
 from runs import UserError
 
 
@@ -102,6 +102,22 @@ def test_frames_are_upright_and_averaged_down(task):
     assert abs(small[0, :, 0, 0].astype(float) - frames[0, :2, :2].reshape(4, 3).mean(0)).max() <= 0.5
     with pytest.raises(UserError, match="divisor"):
         shrink(frames, 50)
+
+
+def test_an_episode_is_taken_up_again_where_its_prefix_ends_and_is_cut_off_in_time():
+    env = LiberoVectorEnv("libero_object", 1, mesh_cell=0.006)
+    try:
+        actions = torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, (1, 3, 8, 7)))
+        frames = [env.reset([LiberoContext(0, seed=5)])[0]] + [env.step(actions[:, t])[0] for t in range(3)]
+        prefix = actions[0, :2].flatten(0, 1).numpy()
+        again, _ = env.reset([LiberoContext(0, seed=5, prefix=prefix, max_steps=8)])
+        after, _, terminated, truncated, _ = env.step(actions[:, 2])
+        for obs, t in ((again, 2), (after, 3)):
+            assert torch.allclose(obs["state"], frames[t]["state"], atol=1e-4) and (
+                obs["images"].int() - frames[t]["images"].int()).abs().float().mean() < 0.5
+        assert truncated[0] and not terminated[0]
+    finally:
+        env.close()
 
 
 def test_unknown_names_are_one_clear_line_that_lists_the_known_ones():

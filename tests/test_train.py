@@ -12,7 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from episodes import ChunkData, Episode
 from report import wilson_interval
+from config import TrainConfig
+from train import grasp_retries, start_pools
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--preset", "tiny", "--device", "cpu"]
@@ -118,12 +121,12 @@ def test_the_rival_clones_the_explored_successes_too(finished, tmp_path):
     for number, path in enumerate(sorted((folder / "explore").glob("*.npz"))):  # the tiny policy has none: make one
         arrays = dict(np.load(path))
         arrays["success"] = np.zeros_like(arrays["success"])
-        arrays["success"][-1] = number == 0
+        arrays["success"][-1] = number == 1
         np.savez(path, **arrays)
     command = ["train.py", *TINY, "--stages", "imagine", "--rl_env", "none", "--output_dir", folder]
     assert run(*command).returncode == 0
     first = load_file(folder / "imagine" / "model.safetensors")
-    path = sorted((folder / "explore").glob("*.npz"))[2]  # of the other task; every second one is held out
+    path = sorted((folder / "explore").glob("*.npz"))[3]  # of the other task; every second one is held out
     arrays = dict(np.load(path))
     arrays["success"][-1] = True
     np.savez(path, **arrays)
@@ -131,6 +134,49 @@ def test_the_rival_clones_the_explored_successes_too(finished, tmp_path):
     assert run(*command).returncode == 0
     again = load_file(folder / "imagine" / "model.safetensors")
     assert any(not torch.equal(first[key], again[key]) for key in first), "another success must change what is cloned"
+
+
+def test_a_refresh_explores_with_the_last_policy_and_keeps_data_and_weights(finished, tmp_path):
+    folder = tmp_path / "refreshed"
+    stages = ["demonstrate", "clone", "explore", "simulate", "reflect"]
+    process = run("train.py", *TINY, "--refresh", finished[0], "--stages", *stages, "--output_dir", folder,
+                  "--simulate.steps", 0, "--grasp.steps", 0, "--reflect.steps", 0)
+    assert process.returncode == 0, process.stderr
+    base, names = finished[0], lambda path: {file.name for file in (path / "explore").glob("*.npz")}
+    assert names(base) < names(folder) and len(names(folder)) == 2 * len(names(base))
+    for stage in ("clone", "simulate"):  # without a training step the weights are those of the run before
+        a, b = (load_file(path / stage / "model.safetensors") for path in (base, folder))
+        assert all(torch.equal(a[key], b[key]) for key in a), stage
+    new = [np.load(folder / "explore" / name) for name in names(folder) - names(base)]
+    assert all(episode["seed"] >= 101_000 for episode in new)
+    refused(run("train.py", *TINY, "--refresh", tmp_path / "none", "--output_dir", tmp_path / "r"), "finished run folder")
+
+
+def explored_episode(**fields):
+    """Nine frames, a chunk of 8 steps apart: the fingers are closed from frame 5 on, the task is done from frame 7 on."""
+    states = np.zeros((9, 8), np.float32)
+    states[:5, 6] = 0.08
+    values = dict(images=np.zeros((9, 2, 3, 8, 8), np.uint8), states=states, actions=np.ones((64, 7), np.float32),
+                  success=np.arange(9) >= 7, stride=8, task_id=3, instruction="pick", source="explore", seed=100_009)
+    return Episode(**values | fields)
+
+
+def test_rollouts_start_before_contact_inside_episodes_and_at_their_openings():
+    pools = start_pools(ChunkData([explored_episode()], 8, "cpu"))
+    assert pools == {("opening", 3): [(0, 0)], ("midway", 3): [(0, t) for t in range(1, 7)],
+                     ("contact", 3): [(0, 2), (0, 3), (0, 4)]}
+
+
+def test_only_training_episodes_that_grasp_are_taken_up_again_and_just_before_it():
+    never, held_out = np.zeros((9, 8), np.float32), 100_002
+    never[:, 6] = 0.08
+    episodes = [explored_episode(), explored_episode(states=never), explored_episode(seed=held_out)]
+    contexts = grasp_retries(episodes, TrainConfig())
+    assert [(context.task_id, context.seed, context.take) for context in contexts] == [(3, 100_009, 1), (3, 100_009, 2)]
+    for context in contexts:
+        start = len(context.prefix) // 8
+        assert 2 <= start <= 4 and start * 8 + context.max_steps == 64  # to three chunks after frame 5
+    assert len({len(context.prefix) for context in contexts}) == 2
 
 
 def test_both_worlds_are_looked_at_between_rl_iterations(finished, tmp_path):
