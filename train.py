@@ -31,12 +31,12 @@ from evaluate import compare, evaluate_policies, film, imagined_success, load_po
 from fidelity import (check_trust, frame_logits, frame_scores, horizon_errors, imagine_episodes, outcome_agreement,
                       reflector_quality)
 from geometry import Cameras
-from libero_env import LiberoContext, LiberoTask, LiberoVectorEnv, in_processes, load_suite, step_limit
+from libero_env import LiberoContext, LiberoTask, LiberoVectorEnv, load_suite, step_limit
 from policy import Policy, clone_loss
 from ppo import add_lora, improve, make_optimizer, merge_lora
 from reflector import Reflector, calibrate, reflector_loss
-from runs import (Run, UserError, clear_errors, fit, load_resume, load_weights, read_json, save_resume, step_generator,
-                  write_json)
+from runs import (Run, UserError, clear_errors, fit, in_processes, load_resume, load_weights, read_json, save_resume,
+                  step_generator, write_json)
 from world_model import VirtualEnv, WorldModel, grasp_loss, world_model_loss
 
 CLOSING = 0.072  # m: fingers less open than this have begun to close
