@@ -193,10 +193,15 @@ class ChunkData:
 
     def world_batch(self, size, generator, transitions=1024) -> dict:
         """What the world simulator learns from: `size` next pictures, and many more steps of the hand, which are cheap."""
-        return self.picture_batch(size, generator) | {"transitions": self.transitions(self._draw(transitions, generator))}
+        return self.pictures(self._draw(size, generator)) | {
+            "transitions": self.transitions(self._draw(transitions, generator))}
 
-    def picture_batch(self, size, generator) -> dict:
-        return self.pictures(self._draw(size, generator))
+    def grasp_batch(self, size, generator) -> dict:
+        """Frames (B, V, 3, H, W) uint8 and what follows them, as `transitions`: for the fingers alone."""
+        picks = self._draw(size, generator)
+        names = ("state", "previous_actions", "actions", "next_state")
+        return dict(zip(names, self.transitions(picks)),
+                    images=_stack([self.tracks[k].images[t] for k, t in picks], self.device))
 
     def _draw(self, count, generator):
         return [self.index[i] for i in torch.randint(len(self.index), (count,), generator=generator)]

@@ -218,7 +218,7 @@ def simulate(config, run, folder, device):
         episode.save(folder / "imagined" / f"{number:05d}.npz")
     copies, half = ChunkData(load_episodes(folder / "imagined"), L, device), config.grasp.batch_size // 2
     fit("grasp", world.grasp_predictor,
-        lambda step, generator: joined(data.picture_batch(half, generator), copies.picture_batch(half, generator)),
+        lambda step, generator: joined(data.grasp_batch(half, generator), copies.grasp_batch(half, generator)),
         lambda _, batch, generator: grasp_loss(world, batch, generator), config.grasp, folder / "grasp", config.seed, device,
         lambda step, metrics: run.log("grasp", step, metrics))
     world.save_pretrained(folder)

@@ -251,16 +251,16 @@ def draw_sigmas(config: WorldModelConfig, B: int, generator: torch.Generator, de
     return log_sigma.exp().to(device)
 
 
-def noised(memory: Tensor, most: float, generator: torch.Generator) -> Tensor:
-    """Memory (B, F, V, 3, H, W) with noise on all but the first frame; each sample has its own level."""
-    level = torch.rand(len(memory), 1, 1, 1, 1, 1, generator=generator, device=generator.device) * most
-    noise = normal(memory[:, 1:].shape, generator, memory.device) * level.to(memory.device)
-    return torch.cat([memory[:, :1], memory[:, 1:] + noise], dim=1)
+def noised(images: Tensor, most: float, generator: torch.Generator) -> Tensor:
+    """Images (B, ..., 3, H, W) with noise; each sample has its own level."""
+    level = torch.rand(len(images), *[1] * (images.dim() - 1), generator=generator, device=generator.device) * most
+    return images + normal(images.shape, generator, images.device) * level.to(images.device)
 
 
 def world_model_loss(model: WorldModel, batch: dict, generator: torch.Generator) -> tuple[Tensor, dict]:
     """EDM's loss on the residual + L1 of the hand's change in units of its scale. batch: `ChunkData.world_batch`."""
-    memory = noised(to_float(batch["memory"]), model.config.memory_noise, generator)
+    memory = to_float(batch["memory"])  # the first frame stays clean: it anchors the scene
+    memory = torch.cat([memory[:, :1], noised(memory[:, 1:], model.config.memory_noise, generator)], dim=1)
     memory_states, next_state, actions = batch["memory_states"], batch["next_state"], batch["actions"]
     state = memory_states[:, -1]
     base, context = model.condition(memory, memory_states, next_state)
@@ -288,10 +288,10 @@ def world_model_loss(model: WorldModel, batch: dict, generator: torch.Generator)
 
 
 def grasp_loss(model: WorldModel, batch: dict, generator: torch.Generator) -> tuple[Tensor, dict]:
-    """Cross-entropy of the fingers' opening after a chunk. batch: `ChunkData.pictures`, true and imagined ones."""
-    images = noised(to_float(batch["memory"]), model.config.memory_noise, generator)[:, -1]
-    state, target = batch["memory_states"][:, -1], opening_bin(batch["next_state"])
-    logits = model.grasp_logits(images, state, batch["previous_actions"], batch["actions"])
+    """Cross-entropy of the fingers' opening after a chunk. batch: `ChunkData.grasp_batch`, true and imagined pictures."""
+    images = noised(to_float(batch["images"]), model.config.memory_noise, generator)
+    target = opening_bin(batch["next_state"])
+    logits = model.grasp_logits(images, batch["state"], batch["previous_actions"], batch["actions"])
     loss = F.cross_entropy(logits, target)
     return loss, {"loss": loss.item(), "accuracy": (logits.argmax(dim=1) == target).float().mean().item()}
 

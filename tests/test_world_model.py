@@ -164,6 +164,7 @@ def test_the_loss_depends_on_its_generator_alone():
 
 def test_the_opening_is_seen_and_learned_apart_from_the_pictures():
     model, batch = make_model(), toy_batch(4)
+    batch |= {"images": batch["memory"][:, -1], "state": batch["memory_states"][:, -1]}
     loss, metrics = grasp_loss(model, batch, torch.Generator().manual_seed(0))
     loss.backward()
     learned = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.grad is not None
