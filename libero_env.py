@@ -265,7 +265,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
           score (B,) the reflector's P(done) for this frame, NaN without a reflector.
     stop: what ends an episode before the step limit.  "oracle": the goal was reached, `linger` chunks ago.
           "self": the reflector has stopped (`rule`: StopRule).  "both": both, so that one episode tells what either stop
-          would have given. The reward is 1 where success_once at the end; with "self", where the goal holds in the last frame.
+          would have given. The reward is 1 where success_once at the end; with "self", where the goal holds at the end.
     """
     metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.DISABLED}
 
