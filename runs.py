@@ -11,10 +11,12 @@ import errno
 import fcntl
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,17 +143,8 @@ class Run:
 
     def done(self, stage, settings) -> bool:
         """Is the stage finished? UserError if it was made with other settings than today's."""
-        self._check(self.path(stage), settings)
+        check_settings(self.path(stage), settings)
         return self.path(stage).is_dir()
-
-    def _check(self, folder, settings):
-        path = folder / "settings.json"
-        made = _flat(read_json(path)) if path.exists() else {}
-        now = _flat(json.loads(json.dumps(settings)))
-        for key in sorted(made.keys() | now.keys() if made else ()):
-            if made.get(key) != now.get(key):
-                raise UserError(f"{folder} was made with --{key} {made.get(key)}, this command says {now.get(key)}: "
-                                "choose another --output_dir, or delete that folder and those of the later stages")
 
     def seconds(self) -> dict[str, float]:
         """Wall time of every finished stage, all its attempts added up."""
@@ -162,7 +155,7 @@ class Run:
     def stage(self, name, settings):
         """Yield the stage's unfinished folder; rename it to its final name when the body ends without an error."""
         unfinished, start = self.folder / f"{name}.tmp", time.time()
-        self._check(unfinished, settings)
+        check_settings(unfinished, settings)
         unfinished.mkdir(exist_ok=True)
         write_json(unfinished / "settings.json", settings)
         distributed.barrier()
@@ -189,6 +182,17 @@ class Run:
         line = {"stage": stage, "step": step} | {key: round(float(value), 6) for key, value in metrics.items()}
         with open(self.folder / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def check_settings(folder, settings: dict):
+    """UserError if `folder/settings.json` holds other settings."""
+    path = folder / "settings.json"
+    made = _flat(read_json(path)) if path.exists() else {}
+    now = _flat(json.loads(json.dumps(settings)))
+    for key in sorted(made.keys() | now.keys() if made else ()):
+        if made.get(key) != now.get(key):
+            raise UserError(f"{folder} was made with --{key} {made.get(key)}, this command says {now.get(key)}: "
+                            "choose another --output_dir, or delete that folder and those of the later stages")
 
 
 def _flat(values, prefix="") -> dict:
@@ -307,3 +311,31 @@ def fit(name, model, make_batch, loss_fn, config: FitConfig, folder, seed, devic
             sums = {}
             save_resume(folder, step + 1, model, optimizer)
     return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+# ---------------------------------------------------------------------------------------------------------------------
+@contextmanager
+def single_threaded_children():
+    """Processes started inside use one BLAS thread each: with one process a core, more threads only get in the way."""
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
+
+
+def in_processes(function, arguments, num_procs, name, unit):
+    """Call a top-level function with every tuple of arguments, one process a core, under a progress bar."""
+    with single_threaded_children(), ProcessPoolExecutor(
+            num_procs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(function, *values) for values in arguments]
+        for future in tqdm(as_completed(futures), total=len(futures), desc=name, unit=unit):
+            future.result()

@@ -30,16 +30,18 @@ from config import STAGES, TrainConfig, parse, stage_settings
 from demonstrations import collect_demonstrations, read_demonstrations
 from distributed import barrier, gather, rank, shard, world_size
 from episodes import ChunkData, CloneData, Episode, Normalizer, StartContext, joined, load_episodes
-from evaluate import compare, evaluate_policies, film, imagined_success, load_policies, pick_device, play, proportion
+from evaluate import evaluate_policies, film, imagined_success, load_policies, pick_device
 from fidelity import (check_trust, frame_logits, frame_scores, horizon_errors, imagine_episodes, outcome_agreement,
                       reflector_quality)
 from geometry import Cameras
-from libero_env import LiberoContext, LiberoTask, LiberoVectorEnv, in_processes, load_suite, step_limit
+from intervals import proportion, summarize
+from libero_env import LiberoContext, LiberoTask, LiberoVectorEnv, load_suite, step_limit
+from playing import play
 from policy import Policy, clone_loss
 from ppo import add_lora, improve, make_optimizer, merge_lora
 from reflector import Reflector, calibrate, reflector_loss
-from runs import (Run, UserError, clear_errors, fit, load_resume, load_weights, read_json, save_resume, step_generator,
-                  write_json)
+from runs import (Run, UserError, clear_errors, fit, in_processes, load_resume, load_weights, read_json, save_resume,
+                  step_generator, write_json)
 from world_model import VirtualEnv, WorldModel, grasp_loss, world_model_loss
 
 CLOSING = 0.072  # m: fingers less open than this have begun to close
@@ -399,7 +401,7 @@ def evaluate(config, run, folder, device):
     policies, sizes = load_policies(run.folder, device), config.policy
     lines = evaluate_policies(policies, reflector, config.task, config.task_ids, config.evaluate.episodes, folder,
                               sizes.image_size, sizes.chunk_size, config.num_procs, config.virtual.stop, device)
-    results = compare(lines) | {"imagined": {}}
+    results = summarize(lines, config.virtual.stop) | {"imagined": {}}
     episodes = {name: load_episodes(folder / name) for name in policies}
     if config.evaluate.imagine:
         starts = ChunkData(episodes["cloned"], sizes.chunk_size, device)
