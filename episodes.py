@@ -15,6 +15,7 @@ from runs import UserError
 
 VIEWS = ("agentview", "wrist")
 MEMORY = 4  # F: frames at 0, 1/3 and 2/3 of the history, and the last one (EnerVerse-AC's sparse memory)
+CLOSING = 0.072  # m: fingers less open than this have begun to close
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -247,6 +248,27 @@ class ChunkData:
         """Start contexts at frame t of track k for every (k, t) in `picks`."""
         return [StartContext(self.tracks[k].images[t], self.tracks[k].states[t], self.episodes[k].instruction,
                              self._previous(self.tracks[k], t), self.episodes[k].task_id) for k, t in picks]
+
+
+def start_pools(data) -> dict[tuple[str, int], list]:
+    """Frames to start from, by kind and task: the first ones ("opening"), those one to three chunks before the fingers
+    first close ("contact"), and all later ones ("midway"); only where the task is not done and was not."""
+    pools = {}
+    for k, t in data.index:
+        track, task = data.tracks[k], data.episodes[k].task_id
+        closing = first_closing(track.states)
+        if track.success[:t + 1].any():
+            continue
+        pools.setdefault(("midway" if t else "opening", task), []).append((k, t))
+        if closing is not None and 0 < closing - t <= 3:
+            pools.setdefault(("contact", task), []).append((k, t))
+    return pools
+
+
+def first_closing(states) -> int | None:
+    """The first of the frames `states` (T, 8) in which the fingers have begun to close."""
+    closing = np.flatnonzero(states[:, 6] - states[:, 7] < CLOSING)
+    return int(closing[0]) if len(closing) else None
 
 
 def joined(a, b) -> dict:

@@ -2,8 +2,8 @@
 
 A stage's product is written to `<stage>.tmp/` and renamed to `<stage>/` when it is complete, so a killed run goes on
 where it was with the same command. Weights and optimiser state are safetensors, everything else is JSON: nothing is
-ever unpickled, and of several processes rank 0 alone writes. All randomness of a training step comes from one generator seeded by (seed, step), so a checkpoint needs
-no random state and a resumed run equals a straight one bit for bit.
+ever unpickled. Of several processes, rank 0 alone writes. All randomness of a training step comes from one generator
+seeded by (seed, step), so a checkpoint needs no random state and a resumed run equals a straight one bit for bit.
 """
 from __future__ import annotations
 

