@@ -60,7 +60,9 @@ class TrainConfig:
     rl_env: Literal["virtual", "libero", "none"] = "virtual"  # where RL happens; none: clone successes instead
     trust_world: bool = False  # start RL even where the held-out episodes say that the imagination is no good
     device: str = "auto"  # "auto" takes the GPU where there is one; or "cpu", "cuda"
-    num_procs: int = 0  # simulator processes; 0: one a core
+    num_procs: int = 0  # simulator processes, shared out among torchrun's; 0: one a core
+    bf16: Literal["auto", "on", "off"] = "auto"  # train, and imagine pictures, in bfloat16; "auto": on a GPU
+    compile: bool = False  # torch.compile the networks: minutes at the start of a stage, faster from then on
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     clone: FitConfig = field(default_factory=lambda: FitConfig(steps=2400, batch_size=32, lr=1e-3))
     explore: ExploreConfig = field(default_factory=ExploreConfig)
@@ -95,7 +97,11 @@ def stage_settings(config, name) -> dict:
                 "simulate": ("world_model", "simulate", "grasp"), "reflect": ("reflector", "reflect"),
                 "imagine": ("virtual", "start", "ppo", "check", "rl_env"), "evaluate": ("evaluate",)}
     values = asdict(config)
-    return {key: values[key] for key in ("task", "task_ids", "seed", "refresh", *sections[name])}
+    chosen = {key: values[key] for key in ("task", "task_ids", "seed", "refresh", *sections[name])}
+    for value in chosen.values():
+        if isinstance(value, dict):
+            value.pop("accumulate", None)  # memory alone: it may change when a killed run goes on
+    return chosen
 
 
 def parse(arguments: list[str]) -> TrainConfig:

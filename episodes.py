@@ -16,6 +16,7 @@ from runs import UserError
 VIEWS = ("agentview", "wrist")
 CLOSING = 0.072  # m: fingers less open than this have begun to close
 MEMORY = 4  # F: frames at 0, 1/3 and 2/3 of the history, and the last one (EnerVerse-AC's sparse memory)
+CLOSING = 0.072  # m: fingers less open than this have begun to close
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -199,9 +200,13 @@ class ChunkData:
         self.index = [(k, t) for k, t in self.frames if t < len(self.tracks[k].actions)]  # frames with a successor
 
     def world_batch(self, size, generator, transitions=1024) -> dict:
-        """What the world simulator learns from: `size` next pictures, and many more steps of the hand, which are cheap."""
-        return self.pictures(self._draw(size, generator)) | {
-            "transitions": self.transitions(self._draw(transitions, generator))}
+        """What the world simulator learns from: `size` next pictures, and many more steps of the hand, which are cheap.
+
+        "transitions": as of `transitions`, (B, M, ...), M of them beside every picture, some `transitions` in all.
+        """
+        pictures, M = self.pictures(self._draw(size, generator)), max(1, transitions // size)
+        steps = self.transitions(self._draw(size * M, generator))
+        return pictures | {"transitions": [value.unflatten(0, (size, M)) for value in steps]}
 
     def grasp_batch(self, size, generator) -> dict:
         """Frames (B, V, 3, H, W) uint8 and what follows them, as `transitions`: for the fingers alone."""

@@ -12,19 +12,18 @@ Shapes: B slots, V camera views, L action-chunk length, C, H, W image.
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 
 import gymnasium
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from geometry import Camera, Cameras
-from runs import UserError
+from runs import UserError, single_threaded_children
 
 os.environ.setdefault("MUJOCO_GL", "egl")  # both must be set before the first import of mujoco; a user's value stays
 os.environ.setdefault("LP_NUM_THREADS", "1")  # Mesa gains nothing from a second thread; the other core has its own process
@@ -98,22 +97,27 @@ class LiberoTask:
         self.env.env.hard_reset = False  # a soft reset gives the same trajectory 100 times faster
         self.env.env._update_observables = lambda force=False: None  # 25 updates a control step that nobody reads
         self.env.env._get_observations = lambda force_update=False: {}
+        self._substeps = int(self.env.env.control_timestep / self.env.env.model_timestep)
         self._renderer = None
 
-    def reset(self, seed=None, init_state=None):
-        """Start an episode: from `init_state` (D,), or from placements drawn with `seed` as the benchmark's were."""
+    def reset(self, seed=0, init_state=None):
+        """Start an episode: from `init_state` (D,), or from placements drawn with `seed` as the benchmark's were.
+
+        No state holds where fixtures stand (stove, cabinet: they move by a few mm), so every reset draws that from `seed`.
+        """
         if init_state is None:
-            np.random.seed(seed)  # LIBERO's placement samplers use numpy's global generator
-            self._soft_reset(joint_noise=0.02)
+            for _ in range(2):  # what lies on a fixture is placed by where that stood BEFORE the reset
+                self._soft_reset(seed, joint_noise=0.02)
             init_state = self.env.get_sim_state()
         # A reset must come before the state is set: it gives the controller its goal. With another goal the hand turns
         # by up to 20 degrees while it settles.
-        self._soft_reset(joint_noise=0.0)
+        self._soft_reset(seed, joint_noise=0.0)
         self.env.set_init_state(init_state)
         for _ in range(SETTLE_STEPS):
             self.step(NO_OP)
 
-    def _soft_reset(self, joint_noise):
+    def _soft_reset(self, seed, joint_noise):
+        np.random.seed(seed)  # LIBERO's placement samplers use numpy's global generator
         robot = self.env.robots[0]
         robot.initialization_noise["magnitude"] = joint_noise
         robot.gripper.current_action = np.zeros(robot.gripper.dof)  # a soft reset forgets this one
@@ -121,8 +125,23 @@ class LiberoTask:
             self.env.reset()
 
     def step(self, action) -> bool:
-        """One control step (50 ms) with action (7,); True while the task's goal holds."""
-        self.env.step(np.clip(action, -1, 1))
+        """One control step (50 ms) with action (7,); True while the task's goal holds.
+
+        robosuite's `step` to the bit, in half its time: it computes the whole dynamics three times a physics step and asks
+        for success three times a control step. What depends on position and velocity alone is enough for the controller.
+        """
+        import mujoco
+        sim, robot, action = self.env.sim, self.env.robots[0], np.clip(action, -1, 1)
+        model, data = sim.model._model, sim.data._data
+        sim.forward = lambda: None  # the controller asks for what mj_step1 has just computed
+        for substep in range(self._substeps):
+            mujoco.mj_step1(model, data)
+            if substep == 0:
+                robot.controller.set_goal(action[:6])
+            robot.control(action)
+            mujoco.mj_step2(model, data)
+        del sim.forward
+        self.env._post_process()
         return bool(self.env.check_success())
 
     def state(self) -> np.ndarray:
@@ -141,9 +160,28 @@ class LiberoTask:
             self._renderer = self._make_renderer()
         frames = []
         for camera in CAMERAS:
-            self._renderer.update_scene(self.env.sim.data._data, camera, self._scene_option)
+            with self._unseen_hidden(camera):
+                self._renderer.update_scene(self.env.sim.data._data, camera, self._scene_option)
             frames.append(self._renderer.render())
         return np.stack(frames)
+
+    @contextlib.contextmanager
+    def _unseen_hidden(self, camera):
+        """Leave out what lies wholly beside or behind the camera's view: the same picture from fewer triangles.
+
+        Not where a light casts shadows or a surface in view mirrors (MuJoCo mirrors in planes and boxes alone).
+        """
+        model, data = self.env.sim.model._model, self.env.sim.data._data
+        number, groups = model.camera(camera).id, model.geom_group.copy()
+        x, y, z = ((data.geom_xpos - data.cam_xpos[number]) @ data.cam_xmat[number].reshape(3, 3)).T  # it looks along -z
+        half = np.radians(model.cam_fovy[number]) / 2
+        outside = np.maximum(np.maximum(np.abs(x), np.abs(y)) * np.cos(half) + z * np.sin(half), z)  # m, geoms' centres
+        unseen = (groups == 1) & (model.geom_rbound > 0) & (outside > model.geom_rbound)
+        mirrors = np.isin(model.geom_type, (0, 6)) & (model.geom_matid >= 0) & (model.mat_reflectance[model.geom_matid] > 0)
+        if not model.light_castshadow.any() and not (mirrors & (groups == 1) & ~unseen).any():
+            model.geom_group[unseen] = 3  # a group that is not drawn
+        yield
+        model.geom_group[:] = groups
 
     def _make_renderer(self):
         try:
@@ -228,15 +266,15 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
     info: success (B,) the goal holds in this frame, success_once (B,) it held at some control step so far,
           score (B,) the reflector's P(done) for this frame, NaN without a reflector.
     stop: what ends an episode before the step limit.  "oracle": the goal was reached, `linger` chunks ago.
-          "both": the goal was reached at some time AND the reflector has stopped (`rule`: StopRule), so that one episode
-          tells what either stop would have given (evaluation). The reward is 1 where success_once at the end.
+          "self": the reflector has stopped (`rule`: StopRule).  "both": both, so that one episode tells what either stop
+          would have given. The reward is 1 where success_once at the end; with "self", where the goal holds at the end.
     """
     metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.DISABLED}
 
     def __init__(self, suite, num_envs, image_size=64, chunk_size=8, max_steps=None, stop="oracle", linger=0,
                  mesh_cell=0.0, reflector=None, rule=None, device="cpu"):
-        if stop == "both" and (reflector is None or rule is None):
-            raise ValueError("stop='both' needs a reflector and its rule")
+        if stop != "oracle" and (reflector is None or rule is None):
+            raise ValueError(f"stop='{stop}' needs a reflector and its rule")
         self.suite, self.num_envs, self.device = suite, num_envs, torch.device(device)
         self.chunk_size, self.max_steps = chunk_size, max_steps or step_limit(suite)
         self.stop, self.linger, self.reflector, self.rule = stop, linger, reflector, rule
@@ -269,7 +307,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
             images, state, instruction = self._receive(i)
             self._slots[i] = {"first": images, "previous": images, "images": images, "state": state, "steps": 0,
                               "max_steps": contexts[i].max_steps or self.max_steps, "instruction": instruction,
-                              "once": False, "since": 0, "scores": [], "over": False}
+                              "once": False, "since": 0, "scores": [], "over": False, "reached": None}
         return self._observe(), self._info()
 
     def step(self, actions):
@@ -282,6 +320,8 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
         success = torch.zeros(self.num_envs, dtype=torch.bool)
         for i in playing:
             slot, (images, state, held) = self._slots[i], self._receive(i)
+            if held.any() and not slot["once"]:
+                slot["reached"] = slot["steps"] + int(held.argmax()) + 1
             slot |= {"previous": slot["images"], "images": images, "state": state, "steps": slot["steps"] + len(held)}
             slot["since"] += slot["once"]  # chunks since the goal was first reached
             slot["once"] |= bool(held.any())
@@ -290,13 +330,24 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
         for i in playing:
             slot = self._slots[i]
             slot["scores"].append(float(info["score"][i]))
-            stopped = self.stop == "both" and bool(self.rule.stops(np.array(slot["scores"])).any())
-            enough = stopped if self.stop == "both" else slot["since"] >= self.linger
-            terminated[i] = slot["once"] and enough
+            stopped = self.stop != "oracle" and bool(self.rule.stops(np.array(slot["scores"])).any())
+            reached = slot["once"] and slot["since"] >= self.linger
+            terminated[i] = {"oracle": reached, "self": stopped, "both": reached and stopped}[self.stop]
             truncated[i] = slot["steps"] >= slot["max_steps"] and not terminated[i]
             slot["over"] = bool(terminated[i] or truncated[i])
-            reward[i] = float(slot["once"] and slot["over"])
+            reward[i] = float(slot["over"] and (success[i] if self.stop == "self" else slot["once"]))
         return self._observe(), *(tensor.to(self.device) for tensor in (reward, terminated, truncated)), info
+
+    def lengths(self, i) -> tuple[int, int | None]:
+        """Control steps of slot i's episode so far, and after how many of them its goal first held."""
+        return self._slots[i]["steps"], self._slots[i]["reached"]
+
+    def single_slots(self) -> list["LiberoVectorEnv"]:
+        """Each process as an environment of one slot, so that each can play at its own pace, in a thread of its own."""
+        singles = [copy.copy(self) for _ in range(self.num_envs)]
+        for i, single in enumerate(singles):
+            single.num_envs, single._pipes, single._slots = 1, [self._pipes[i]], [None]
+        return singles
 
     def _gather(self, key):
         blank = next(slot for slot in self._slots if slot)
@@ -333,31 +384,6 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
         for process in self._processes:
             process.join(timeout=10)
             process.terminate()
-
-
-@contextlib.contextmanager
-def single_threaded_children():
-    """Processes started inside use one BLAS thread each: with one process a core, more threads only get in the way."""
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name)
-            else:
-                os.environ[name] = value
-
-
-def in_processes(function, arguments, num_procs, name, unit):
-    """Call a top-level function with every tuple of arguments, one process a core, under a progress bar."""
-    with single_threaded_children(), ProcessPoolExecutor(
-            num_procs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(function, *values) for values in arguments]
-        for future in tqdm(as_completed(futures), total=len(futures), desc=name, unit=unit):
-            future.result()
 
 
 def _worker(pipe, suite, image_size, mesh_cell):

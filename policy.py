@@ -91,7 +91,14 @@ class ActionDistribution:
         return self.loc
 
     def sample(self, generator=None) -> torch.Tensor:
-        """(B, L, A). The difference of two unit exponentials is a unit Laplace, and always finite."""
+        """(B, L, A). The difference of two unit exponentials is a unit Laplace, and always finite.
+
+        generator: one, or a list with one for each of B.
+        """
+        if isinstance(generator, list):
+            rows = [ActionDistribution(loc[None], scale[None]).sample(one)
+                    for loc, scale, one in zip(self.loc, self.log_scale, generator)]
+            return torch.cat(rows)
         device = self.loc.device if generator is None else generator.device
         first, second = torch.empty(2, *self.loc.shape, dtype=self.loc.dtype, device=device).exponential_(
             generator=generator).to(self.loc.device)
@@ -277,18 +284,18 @@ class Policy(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 # Loss
 # ------------------------------------------------------------------------------------------------------------
-def clone_loss(policy, batch, generator):
+def clone_loss(policy, batch, generator, rows=slice(None)):
     """Behaviour cloning: L1 for the mean (OpenVLA-OFT), the Laplace negative log-likelihood for the scale.
 
     batch: obs and "actions" (B, L, A) normalised, "valid" (B, L) bool: False where a demonstration has ended.
-    generator: on the batch's device.
+    generator: on the batch's device; draws for the whole batch, of which `rows` alone are learned.
     """
     config = policy.config
     images = augment(batch["images"], config, generator) if config.augment else to_float(batch["images"])
-    features = policy.features(images, batch["state"], batch["instruction"])
+    features = policy.features(images[rows], batch["state"][rows], batch["instruction"][rows])
     predicted = policy.heads(features, features.detach())
-    valid = batch["valid"]
-    actions = torch.where(valid[..., None], batch["actions"], 0.0)  # padding may hold anything, NaN too
+    valid = batch["valid"][rows]
+    actions = torch.where(valid[..., None], batch["actions"][rows], 0.0)  # padding may hold anything, NaN too
     l1 = masked_mean((predicted.loc - actions).abs().mean(-1), valid)
     scale = ActionDistribution(predicted.loc.detach(), predicted.log_scale)
     nll = -masked_mean(scale.log_prob(actions), valid) / actions.shape[-1]

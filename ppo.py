@@ -32,6 +32,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from distributed import gather, rank, shard, sum_gradients
 from runs import UserError
 
 
@@ -43,7 +44,7 @@ class PPOConfig:
     group_size: int = 8  # rollouts from the same start context (K); the paper's 8
     epochs: int = 1  # passes over an iteration's rollouts
     minibatch: int = 256  # chunks in an optimiser step; 0 takes the whole buffer; the paper's 4
-    microbatch: int = 64  # chunks in a forward pass; gradients add up to a minibatch's, so it is memory alone
+    microbatch: int = 64  # chunks in a forward pass (of all processes); gradients add up, so it is memory alone
     clip_coef: float = 0.1  # nothing is gained by a ratio outside 1 ± clip_coef; the paper's 0.1
     lr_backbone: float = 2e-5  # learning rate of everything but the heads; the paper's 1e-4 is for LoRA on 7B
     lr_heads: float = 2e-6  # learning rate of the action head and the scale head; the paper's 1e-5
@@ -79,8 +80,8 @@ def rollout(policy, env, contexts, greedy=False, temperature=1.0, generator=None
 
     Slot i of the environment plays contexts i, i + num_envs, i + 2 num_envs, ...: a masked reset refills it.
     `env.num_envs` 0 or None means any number: all contexts are played at once. Exploration noise comes from
-    `generator` alone; `temperature` is one number or one for each context. `progress(ended)` hears after every
-    chunk how many episodes have just ended.
+    `generator` alone, which may be a list with one for each context; `temperature` is one number or one for each
+    context. `progress(ended)` hears after every chunk how many episodes have just ended.
     """
     policy.eval()
     total, slots = len(contexts), env.num_envs or len(contexts)
@@ -93,7 +94,8 @@ def rollout(policy, env, contexts, greedy=False, temperature=1.0, generator=None
             starts.append((which[fresh], select(obs, fresh.nonzero().flatten())))
         index = (which < total).nonzero().flatten()                         # (b,) slots that still play
         distribution = policy(select(obs, index)).tempered(temperature[which[index], None, None])
-        action = distribution.mode if greedy else distribution.sample(generator)  # (b, L, A)
+        noise = [generator[i] for i in which[index].tolist()] if isinstance(generator, list) else generator
+        action = distribution.mode if greedy else distribution.sample(noise)  # (b, L, A)
         env_action = policy.env_actions(action)                             # (b, L, A)
         command = env_action.new_zeros(slots, *env_action.shape[1:])        # (slots, L, A) idle slots: zeros
         command[index] = env_action
@@ -111,6 +113,12 @@ def rollout(policy, env, contexts, greedy=False, temperature=1.0, generator=None
         if progress:
             progress(int(ended.sum()))
     return collect(starts, steps, total)
+
+
+def generators(count, generator):
+    """One for each of `count` contexts: a rollout's noise does not depend on what is played beside it, or where."""
+    seeds = torch.randint(2**62, (count,), generator=generator)
+    return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
 
 
 def select(obs, index):
@@ -232,11 +240,17 @@ def minibatches(count, config, generator):
 def update(policy, optimizer, played, advantage, config, generator):
     """PPO on one `Rollout` with its advantages (B,); returns metrics averaged over all minibatches.
 
-    `generator` (CPU) shuffles. The policy stays in eval mode, in which it was sampled.
+    `generator` (CPU) shuffles. The policy stays in eval mode, in which it was sampled. Several processes share every
+    minibatch: each scores those of its chunks that it has played itself.
     """
     policy.eval()
     row, time = played.valid.nonzero(as_tuple=True)                         # (N,), (N,)
     advantage = advantage.to(played.log_prob.device)
+    counts = gather(len(row))
+    first, count = sum(counts[:rank()]), sum(counts)  # ours are chunks first ... first + len(row) - 1 of `count`
+
+    def ours(index):
+        return index[(first <= index) & (index < first + len(row))] - first
 
     def score(index):
         b, t = row[index], time[index]
@@ -245,30 +259,36 @@ def update(policy, optimizer, played, advantage, config, generator):
         distribution = distribution.tempered(config.temperature)
         return distribution.log_prob(played.actions[b, t]), distribution.entropy()  # (n, L), (n, L)
 
-    epochs = [minibatches(len(row), config, generator) for _ in range(config.epochs)]
+    epochs = [minibatches(count, config, generator) for _ in range(config.epochs)]
     old_log_prob = torch.empty_like(played.log_prob[row, time])             # (N, L)
     with torch.no_grad():
-        for index in (index for step in epochs[0] for index in step):
-            old_log_prob[index] = score(index)[0]
-    metrics = {"log_prob_gap": float((old_log_prob - played.log_prob[row, time]).abs().mean())}
+        for index in (ours(index) for step in epochs[0] for index in step):
+            if len(index):
+                old_log_prob[index] = score(index)[0]
+    metrics = {"log_prob_gap": float((old_log_prob - played.log_prob[row, time]).abs().mean()) * (len(row) / count)}
+    ratio_first = None
     for step in (step for epoch in epochs for step in epoch):
         policy.zero_grad(set_to_none=True)
-        for index in step:
+        for index in map(ours, step):
+            if not len(index):
+                continue
             log_prob, entropy = score(index)
             everything = torch.ones(len(index), 1, dtype=torch.bool, device=log_prob.device)
             loss, parts = ppo_loss(log_prob[:, None], old_log_prob[index][:, None], advantage[row[index]],
                                    everything, config.clip_coef)
             (loss * len(index) / sum(map(len, step))).backward()
-            metrics.setdefault("ratio_first", float(parts["ratio"]))
+            ratio_first = ratio_first or float(parts["ratio"])
             for name, value in {**parts, "entropy": entropy.detach().mean()}.items():
-                share = len(index) / (len(row) * config.epochs)
+                share = len(index) / (count * config.epochs)
                 metrics[name] = metrics.get(name, 0.0) + float(value) * share
         clip_and_step(optimizer, config)
-    return metrics
+    everyone = gather(metrics)
+    return {name: sum(part[name] for part in everyone) for name in metrics} | {"ratio_first": ratio_first}
 
 
 def clip_and_step(optimizer, config):
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    sum_gradients(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
     if not torch.isfinite(norm):
         raise UserError(f"the gradient of PPO is {norm.item()}: lower --ppo.lr_backbone and --ppo.lr_heads "
@@ -287,16 +307,20 @@ def improve(policy, optimizer, env, draw_contexts, config, generator):
 
     draw_contexts(count, generator): a list of start contexts. generator: on the CPU and seeded by (seed,
     iteration), so that a resumed run equals a straight one; the world's own noise is the caller's to seed.
+    Several processes draw the same starts and play whole groups each.
     """
     starts = draw_contexts(config.groups, generator)
-    contexts = [start for start in starts for _ in range(config.group_size)]  # a group is K neighbours
-    played = rollout(policy, env, contexts, temperature=config.temperature, generator=generator)
-    reward = played.reward.view(config.groups, config.group_size)           # (G, K)
+    contexts = [[start] * config.group_size for start in starts]            # (G, K), and their noise
+    noise = [generators(config.group_size, generator) for _ in starts]
+    played = rollout(policy, env, sum(shard(contexts), []), temperature=config.temperature, generator=sum(shard(noise), []))
+    reward = played.reward.view(-1, config.group_size)                      # (G, K)
     advantage = rloo_advantage(reward)                                      # (G, K)
     metrics = update(policy, optimizer, played, advantage.flatten(), config, generator)
+    outcome = [value.cpu() for value in (reward, advantage, played.terminated, played.valid.sum(1))]
+    reward, advantage, terminated, lasted = (torch.cat(values) for values in zip(*gather(outcome)))  # of everyone
     return metrics | {
-        "imagined_success": float(played.terminated.float().mean()),        # stopped before the horizon
+        "imagined_success": float(terminated.float().mean()),               # stopped before the horizon
         "reward": float(reward.mean()),
-        "stop_chunk": float(played.valid.sum(1).float().mean()),            # chunks that a rollout lasts
+        "stop_chunk": float(lasted.float().mean()),                         # chunks that a rollout lasts
         "groups_without_advantage": float((advantage.abs().amax(1) < 1e-6).float().mean()),
     }

@@ -22,22 +22,27 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import distributed
 import report
+import runs
 from config import STAGES, TrainConfig, parse, stage_settings
 from demonstrations import collect_demonstrations, read_demonstrations
-from episodes import ChunkData, CloneData, Episode, Normalizer, StartContext, first_closing, joined, load_episodes
-from evaluate import compare, evaluate_policies, film, imagined_success, load_policies, pick_device, play, proportion
+from distributed import barrier, gather, rank, shard, world_size
+from episodes import ChunkData, CloneData, Episode, Normalizer, StartContext, joined, load_episodes
+from evaluate import evaluate_policies, film, imagined_success, load_policies, pick_device
 from fidelity import (check_trust, frame_logits, frame_scores, horizon_errors, imagine_episodes, outcome_agreement,
                       reflector_quality)
 from geometry import Cameras
-from libero_env import LiberoContext, LiberoTask, LiberoVectorEnv, in_processes, load_suite, step_limit
+from intervals import proportion, summarize
+from libero_env import LiberoContext, LiberoTask, LiberoVectorEnv, load_suite, step_limit
 from openvla import OpenVLAPolicy, load_policy
 from openvla_memory import check_training
+from playing import grasp_retries, play
 from policy import Policy, clone_loss
 from ppo import add_lora, improve, make_optimizer, merge_lora
 from reflector import Reflector, calibrate, reflector_loss
-from runs import (Run, UserError, clear_errors, fit, load_resume, load_weights, read_json, save_resume, step_generator,
-                  write_json)
+from runs import (Run, UserError, clear_errors, fit, in_processes, load_resume, load_weights, read_json, save_resume,
+                  step_generator, write_json)
 from world_model import VirtualEnv, WorldModel, grasp_loss, world_model_loss
 
 CHECK_SEED = 20_000_000  # placements of `check`
@@ -50,7 +55,7 @@ def train(config: TrainConfig):
     """Run the chosen stages in the method's order and print the report."""
     suite = load_suite(config.task)
     config = replace(config, task_ids=tuple(config.task_ids) or tuple(range(suite.n_tasks)),
-                     num_procs=config.num_procs or os.cpu_count() or 1)
+                     num_procs=max(1, (config.num_procs or os.cpu_count() or 1) // world_size()))
     wrong = [task for task in config.task_ids if not 0 <= task < suite.n_tasks]
     if wrong:
         raise UserError(f"{config.task} has no task {wrong[0]}: --task_ids takes numbers from 0 to {suite.n_tasks - 1}")
@@ -59,8 +64,9 @@ def train(config: TrainConfig):
     run = Run(config.output_dir or Path("runs") / config.task)
     write_json(run.folder / "config.json", asdict(config))
     device = pick_device(config.device)
+    runs.AUTOCAST = {"auto": {"cuda"}, "on": {"cuda", "cpu"}, "off": set()}[config.bf16]
     print(f"{config.task}, {len(config.task_ids)} tasks, preset {config.preset}, seed {config.seed}, on {device} with "
-          f"{config.num_procs} simulator processes -> {run.folder}")
+          f"{world_size()} x {config.num_procs} simulator processes -> {run.folder}")
     steps = {"demonstrate": demonstrate, "clone": clone, "explore": explore, "simulate": simulate, "reflect": reflect,
              "imagine": imagine, "evaluate": evaluate}
     for name, step in steps.items():
@@ -72,7 +78,7 @@ def train(config: TrainConfig):
                 step(config, run, folder, device)
         elif any(later in config.stages for later in STAGES[STAGES.index(name):]):
             raise UserError(f"{run.path(name)} is missing: add {name} to --stages")
-    if run.path("evaluate").is_dir():
+    if run.path("evaluate").is_dir() and rank() == 0:
         finish(config, run)
 
 
@@ -86,12 +92,15 @@ def demonstrate(config, run, folder, device):
     names = {task: load_suite(config.task).get_task(task).name for task in config.task_ids}
     source = Path(config.demos) if config.demos else folder
     if not config.demos:
-        missing = [task for task in config.task_ids if not (folder / f"{names[task]}_demo.hdf5").exists()]
+        missing = [task for task in shard(config.task_ids) if not (folder / f"{names[task]}_demo.hdf5").exists()]
         arguments = [(config.task, task, config.num_demos, config.seed, folder, config.explore.mesh_cell,
                       config.policy.image_size) for task in missing]
         in_processes(collect_demonstrations, arguments, config.num_procs, "demonstrate", "task")
     elif not source.is_dir():
         raise UserError(f"--demos {source} is not a folder: give the one that holds LIBERO's *_demo.hdf5 files")
+    barrier()
+    if rank():
+        return  # the rest is quick
     episodes = []
     for task, name in names.items():
         episodes += read_demonstrations(source / f"{name}_demo.hdf5", task, config.num_demos, config.policy.image_size)
@@ -123,7 +132,7 @@ def clone(config, run, folder, device):
     else:
         policy = Policy(config.policy, normalizer)
     data = CloneData(demonstrations(run), policy.normalizer, config.policy.chunk_size, device)
-    fit_clone("clone", policy.to(device), data, config, run, folder, device)
+    fit_clone("clone", compiled(policy.to(device), config), data, config, run, folder, device)
     policy.save_pretrained(folder)
 
 
@@ -132,12 +141,21 @@ def keep(stage, config, folder):
     source = Path(config.refresh) / stage
     if not source.is_dir():
         raise UserError(f"{source} is missing: --refresh takes a finished run folder")
-    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("settings.json"), dirs_exist_ok=True)
+    if rank() == 0:
+        shutil.copytree(source, folder, ignore=shutil.ignore_patterns("settings.json"), dirs_exist_ok=True)
+    barrier()
+
+
+def compiled(model, config):
+    """--compile: torch.compile the model's parts in place; weights and their names stay as they are."""
+    for part in model.children() if config.compile else ():
+        part.compile()
+    return model
 
 
 def first_policy(config, run, device):
     """Where exploration and RL begin: the cloned policy, or the last one of the run that is refreshed."""
-    return load_policy(Path(config.refresh) / "imagine" if config.refresh else run.path("clone"), device)
+    return compiled(load_policy(Path(config.refresh) / "imagine" if config.refresh else run.path("clone"), device), config)
 
 
 def fit_clone(name, policy, data, config, run, folder, device):
@@ -152,7 +170,7 @@ def explore(config, run, folder, device):
     """
     policy, first = first_policy(config, run, device), 100_000 * (config.seed + 1)
     if config.refresh:  # its episodes are kept; the new ones open another thousand
-        if not (folder / "episodes.jsonl").exists():
+        if not gather((folder / "episodes.jsonl").exists())[0]:  # rank 0 decides: it copies
             keep("explore", config, folder)
         first = 1000 * (1 + max(episode.seed for episode in load_episodes(Path(config.refresh) / "explore")) // 1000)
     contexts = [LiberoContext(task, first + number) for task in config.task_ids for number in range(config.explore.episodes)]
@@ -167,20 +185,6 @@ def explore(config, run, folder, device):
     finally:
         env.close()
     print(f"explore: {sum(line['oracle_stop'] for line in lines)} of {len(lines)} episodes succeeded")
-
-
-def grasp_retries(episodes, config) -> list[LiberoContext]:
-    """The training episodes again, from one to three chunks before their fingers first closed to three chunks after."""
-    contexts, L = [], config.policy.chunk_size
-    for number, episode in enumerate(episodes):
-        closing = first_closing(episode.states)
-        if not closing or episode.seed % 1000 < config.explore.held_out:
-            continue
-        for take in range(1, 1 + config.explore.retries):
-            start = max(0, closing - 1 - (number + take) % 3)
-            contexts.append(LiberoContext(episode.task_id, episode.seed, prefix=episode.actions[:start * L], take=take,
-                                          max_steps=(closing + 3 - start) * L))
-    return contexts
 
 
 def demonstrations(run):
@@ -209,7 +213,7 @@ def simulate(config, run, folder, device):
     recorded, L = demonstrations(run) + training, config.policy.chunk_size
     data = ChunkData(recorded, L, device)
     torch.manual_seed(config.seed)
-    world = WorldModel(config.world_model, cameras, normalizer).to(device)
+    world = compiled(WorldModel(config.world_model, cameras, normalizer).to(device), config)
     if config.refresh:
         load_weights(Path(config.refresh) / "simulate", world)
     fit("simulate", world, lambda step, generator: data.world_batch(config.simulate.batch_size, generator),
@@ -217,13 +221,17 @@ def simulate(config, run, folder, device):
         lambda step, metrics: run.log("simulate", step, metrics))
     for part in ("imagined", "grasp"):
         (folder / part).mkdir(exist_ok=True)
-    for number, episode in enumerate(imagine_episodes(world, None, recorded, true_states=True)[0]):
-        episode.save(folder / "imagined" / f"{number:05d}.npz")
+    if rank() == 0:
+        for number, episode in enumerate(imagine_episodes(world, None, recorded, true_states=True)[0]):
+            episode.save(folder / "imagined" / f"{number:05d}.npz")
+    barrier()
     copies, half = ChunkData(load_episodes(folder / "imagined"), L, device), config.grasp.batch_size // 2
     fit("grasp", world.grasp_predictor,
         lambda step, generator: joined(data.grasp_batch(half, generator), copies.grasp_batch(half, generator)),
-        lambda _, batch, generator: grasp_loss(world, batch, generator), config.grasp, folder / "grasp", config.seed, device,
-        lambda step, metrics: run.log("grasp", step, metrics))
+        lambda _, batch, generator, rows: grasp_loss(world, batch, generator, rows), config.grasp, folder / "grasp",
+        config.seed, device, lambda step, metrics: run.log("grasp", step, metrics))
+    if rank():
+        return
     world.save_pretrained(folder)
     write_json(folder / "held_out.json", horizon_errors(world, held_out, horizons=(1, 5, 10), every=4))
 
@@ -234,18 +242,20 @@ def reflect(config, run, folder, device):
     Calibrated on the held-out episodes, true and imagined; their quality is kept.
     """
     training, held_out = explored(config, run)
-    world = frozen(WorldModel, run.path("simulate"), device)
+    world = frozen(WorldModel, run.path("simulate"), config, device)
     L, size = config.policy.chunk_size, config.reflect.batch_size
     true = ChunkData(demonstrations(run) + training, L, device)
     imagined = ChunkData(load_episodes(run.path("simulate") / "imagined"), L, device)
     torch.manual_seed(config.seed)
-    reflector = Reflector(config.reflector).to(device)
+    reflector = compiled(Reflector(config.reflector).to(device), config)
     if config.refresh:
         load_weights(Path(config.refresh) / "reflect", reflector)
     fit("reflect", reflector, lambda step, generator: joined(true.frame_batch(size // 2, generator),
                                                              imagined.frame_batch(size - size // 2, generator)),
         reflector_loss, config.reflect, folder, config.seed, device,
         lambda step, metrics: run.log("reflect", step, metrics))
+    if rank():
+        return
     worlds = {"true": held_out, "imagined": imagine_episodes(world, None, held_out, seed=1)[0]}
     everything = held_out + imagine_episodes(world, None, held_out, seed=1, true_states=True)[0]
     labels = torch.cat([torch.from_numpy(episode.chunks(L).success).float() for episode in everything])
@@ -257,13 +267,14 @@ def reflect(config, run, folder, device):
         {"outcome": outcome_agreement(scores[name], held_out, rule)} for name, episodes in worlds.items()})
 
 
-def load_world(run, device):
+def load_world(config, run, device):
     """The virtual environment's two halves, frozen."""
-    return frozen(WorldModel, run.path("simulate"), device), frozen(Reflector, run.path("reflect"), device)
+    return (frozen(WorldModel, run.path("simulate"), config, device),
+            frozen(Reflector, run.path("reflect"), config, device))
 
 
-def frozen(model_class, folder, device):
-    return model_class.from_pretrained(folder).to(device).eval().requires_grad_(False)
+def frozen(model_class, folder, config, device):
+    return compiled(model_class.from_pretrained(folder).to(device).eval().requires_grad_(False), config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -273,6 +284,8 @@ def imagine(config, run, folder, device):
     """RLOO + PPO (Algorithm 1) from the cloned policy, in the virtual environment; two baselines by `rl_env`."""
     if config.rl_env == "virtual" and not config.trust_world:
         check_trust(read_json(run.path("simulate") / "held_out.json"), read_json(run.path("reflect") / "held_out.json"))
+    if config.ppo.groups < world_size():
+        raise UserError(f"{world_size()} processes cannot share {config.ppo.groups} groups: raise --ppo.groups")
     policy = first_policy(config, run, device)
     torch.manual_seed(config.seed)
     if config.rl_env == "none":
@@ -314,8 +327,8 @@ def check(config, run, policy, folder, device) -> dict:
     finally:
         env.close()
     data = ChunkData(load_episodes(folder), config.policy.chunk_size, device)
-    imagined = imagined_success(policy, *load_world(run, device), data.starts([(k, 0) for k in range(len(data.tracks))]),
-                                step_limit(config.task) // config.policy.chunk_size, config.virtual.stop)
+    starts, horizon = data.starts([(k, 0) for k in range(len(data.tracks))]), step_limit(config.task) // data.chunk_size
+    imagined = imagined_success(policy, *load_world(config, run, device), starts, horizon, config.virtual.stop)
     return {"true_success": sum(line["oracle_stop"] for line in lines) / len(lines), "imagined_success": imagined.mean()}
 
 
@@ -338,9 +351,10 @@ def virtual_world(config, run, device):
         chosen = [pools.get(key) or pools["opening", key[1]] for key in keys]  # a task may have no such frame
         return data.starts([pool[int(torch.randint(len(pool), (), generator=generator))] for pool in chosen])
 
-    world, reflector = load_world(run, device)
+    world, reflector = load_world(config, run, device)
     virtual = replace(config.virtual, seed=config.seed)
-    return VirtualEnv(world, reflector, virtual, config.ppo.groups * config.ppo.group_size, config.ppo.group_size), draw
+    mine, K = shard(range(config.ppo.groups)), config.ppo.group_size
+    return VirtualEnv(world, reflector, virtual, len(mine) * K, K, mine[0] * K, config.ppo.groups * K), draw
 
 
 def true_world(config, device):
@@ -359,11 +373,11 @@ def true_world(config, device):
 # ---------------------------------------------------------------------------------------------------------------------
 def evaluate(config, run, folder, device):
     """Cloned and post-trained policy in both worlds, from the same benchmark states; film strips of both worlds."""
-    world, reflector = load_world(run, device)
+    world, reflector = load_world(config, run, device)
     policies, sizes = load_policies(run.folder, device), config.policy
     lines = evaluate_policies(policies, reflector, config.task, config.task_ids, config.evaluate.episodes, folder,
                               sizes.image_size, sizes.chunk_size, config.num_procs, config.virtual.stop, device)
-    results = compare(lines) | {"imagined": {}}
+    results = summarize(lines, config.virtual.stop) | {"imagined": {}}
     episodes = {name: load_episodes(folder / name) for name in policies}
     if config.evaluate.imagine:
         starts = ChunkData(episodes["cloned"], sizes.chunk_size, device)
@@ -372,6 +386,8 @@ def evaluate(config, run, folder, device):
         for name, policy in tqdm(policies.items(), desc="evaluate in imagination", unit="policy"):
             results["imagined"][name] = proportion(imagined_success(policy, world, reflector, starts, horizon,
                                                                     config.virtual.stop))
+    if rank():
+        return
     (folder / "videos").mkdir(exist_ok=True)
     for task in tqdm(config.task_ids, desc="videos", unit="task"):
         chosen = [episode for episode in episodes[list(policies)[-1]] if episode.task_id == task]
@@ -396,4 +412,5 @@ def finish(config, run):
 
 if __name__ == "__main__":
     with clear_errors():
+        distributed.start()
         train(parse(sys.argv[1:]))

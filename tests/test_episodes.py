@@ -44,8 +44,9 @@ def test_a_world_batch_pairs_memory_and_next_frame_with_the_chunks_around_them()
     assert batch["actions"][:, 0, 0].tolist() == [32, 0] and batch["previous_actions"][:, 7, 0].tolist() == [31, 0]
     many = data.world_batch(3, torch.Generator().manual_seed(0), transitions=50)
     assert len(many["target"]) == 3
-    state, previous, actions, after = many["transitions"]
-    assert len(state) == 50 and torch.equal(after[:, 0] - state[:, 0], torch.full((50,), 8.0))
+    assert {value.shape[:2] for value in many["transitions"]} == {(3, 16)}
+    state, previous, actions, after = (value.flatten(0, 1) for value in many["transitions"])
+    assert torch.equal(after[:, 0] - state[:, 0], torch.full((48,), 8.0))
     assert torch.equal(actions[:, 0, 0], state[:, 0]) and torch.equal(previous[:, 0, 0], (state[:, 0] - 8).clamp(min=0))
 
 

@@ -126,7 +126,7 @@ def toy_batch(B, seed=0, size=16):
     none = torch.zeros_like(actions)
     return {"memory": frame[:, None].expand(-1, 4, *frame.shape[1:]), "target": draw(place + shift), "actions": actions,
             "memory_states": state[:, None].expand(B, 4, 8), "next_state": state + moved, "previous_actions": none,
-            "transitions": [state, none, actions, state + moved]}
+            "transitions": [value[:, None] for value in (state, none, actions, state + moved)]}
 
 
 def test_overfits_one_batch_and_then_a_shuffled_action_makes_it_worse():
