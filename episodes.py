@@ -94,6 +94,7 @@ class Episode:
     instruction: str
     source: str  # "demo" or "explore"
     seed: int
+    temperature: float = 0.0  # of the noise that it was explored with
     executed: np.ndarray | None = None  # (S, 7) what the robot was told where that differs, as under an expert's pushes
 
     def __post_init__(self):
@@ -257,7 +258,7 @@ class ChunkData:
                              self._previous(self.tracks[k], t), self.episodes[k].task_id) for k, t in picks]
 
     def start_pools(self) -> dict[tuple[str, int], list]:
-        """Frames to start from, by kind and task: first ones ("opening"), those one to three chunks before the fingers
+        """Frames to start from, by kind and task: first ones ("opening"), those two to four chunks before the fingers
         first close ("contact"), and all later ones ("midway"); only where the task is not done and was not."""
         pools = {}
         for k, t in self.index:
@@ -265,7 +266,7 @@ class ChunkData:
             if track.success[:t + 1].any():
                 continue
             pools.setdefault(("midway" if t else "opening", task), []).append((k, t))
-            if closing is not None and 0 < closing - t <= 3:
+            if closing is not None and 2 <= closing - t <= 4:
                 pools.setdefault(("contact", task), []).append((k, t))
         return pools
 

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
@@ -85,10 +85,16 @@ class ActionDistribution:
     """
     loc: torch.Tensor
     log_scale: torch.Tensor
+    by_chunk: bool = False  # one draw moves all L steps of a chunk alike, with b their geometric mean
 
     @property
     def mode(self) -> torch.Tensor:
         return self.loc
+
+    @property
+    def log_b(self) -> torch.Tensor:
+        """(B, L, A), or (B, 1, A) by chunk."""
+        return self.log_scale.mean(1, keepdim=True) if self.by_chunk else self.log_scale
 
     def sample(self, generator=None) -> torch.Tensor:
         """(B, L, A). The difference of two unit exponentials is a unit Laplace, and always finite.
@@ -96,27 +102,32 @@ class ActionDistribution:
         generator: one, or a list with one for each of B.
         """
         if isinstance(generator, list):
-            rows = [ActionDistribution(loc[None], scale[None]).sample(one)
+            rows = [replace(self, loc=loc[None], log_scale=scale[None]).sample(one)
                     for loc, scale, one in zip(self.loc, self.log_scale, generator)]
             return torch.cat(rows)
         device = self.loc.device if generator is None else generator.device
-        first, second = torch.empty(2, *self.loc.shape, dtype=self.loc.dtype, device=device).exponential_(
+        first, second = torch.empty(2, *self.log_b.shape, dtype=self.loc.dtype, device=device).exponential_(
             generator=generator).to(self.loc.device)
-        return (self.loc + self.log_scale.exp() * (first - second)).detach()
+        return (self.loc + self.log_b.exp() * (first - second)).detach()
 
     def log_prob(self, actions) -> torch.Tensor:
-        """actions (B, L, A) -> (B, L): one log-probability a control step, the sum over its dimensions."""
-        distance = (actions - self.loc).abs() * (-self.log_scale).exp()
-        return -(distance + self.log_scale + math.log(2)).sum(-1)
+        """actions (B, L, A) -> (B, L): one log-probability a control step, the sum over its dimensions.
+
+        By chunk it is that of the chunk's mean action, and the same at all steps: how loc changes from step to step is
+        not explored, so nothing can be learned about it.
+        """
+        error = actions - self.loc
+        distance = (error.mean(1, keepdim=True) if self.by_chunk else error).abs() * (-self.log_b).exp()
+        return -(distance + self.log_b + math.log(2)).sum(-1).expand(self.loc.shape[:2])
 
     def entropy(self) -> torch.Tensor:
         """(B, L)."""
-        return (1 + math.log(2) + self.log_scale).sum(-1)
+        return (1 + math.log(2) + self.log_b).sum(-1).expand(self.loc.shape[:2])
 
     def tempered(self, temperature) -> "ActionDistribution":
         """The same with b times `temperature` > 0, a number or (B, 1, 1). Score with what has sampled."""
         factor = torch.as_tensor(temperature, dtype=self.loc.dtype, device=self.loc.device)
-        return ActionDistribution(self.loc, self.log_scale + factor.log())
+        return replace(self, log_scale=self.log_scale + factor.log())
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -335,8 +335,9 @@ def check(config, run, policy, folder, device) -> dict:
 def virtual_world(config, run, device):
     """The virtual environment, and start contexts drawn from recorded frames in which the task is not done."""
     training, _ = explored(config, run)
-    data = ChunkData(demonstrations(run) + training, config.policy.chunk_size, device)
-    pools, start = data.start_pools(), config.start
+    start, mild = config.start, [episode for episode in training if episode.temperature <= config.start.hottest]
+    data = ChunkData(demonstrations(run) + mild, config.policy.chunk_size, device)
+    pools = data.start_pools()
     failed = [[not episode.success.any() for episode in training if episode.task_id == task and episode.source == "explore"]
               for task in config.task_ids]
     share = torch.tensor([((sum(values) + 1) / (len(values) + 2)) ** start.focus for values in failed])

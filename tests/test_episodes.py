@@ -85,7 +85,7 @@ def test_rollouts_start_before_contact_inside_episodes_and_at_their_openings():
     episode.states[:] = np.where(np.arange(9) < 5, 0.08, 0.0)[:, None] * np.eye(8)[6]  # the fingers are closed from frame 5 on
     pools = ChunkData([episode], 8, "cpu").start_pools()
     assert pools == {("opening", 3): [(0, 0)], ("midway", 3): [(0, t) for t in range(1, 7)],
-                     ("contact", 3): [(0, 2), (0, 3), (0, 4)]}
+                     ("contact", 3): [(0, 1), (0, 2), (0, 3)]}
 
 
 def test_normalising_is_undone_and_leaves_the_gripper_alone():
