@@ -1,4 +1,6 @@
 """Promises of the true simulator. One simulator is built for the whole file."""
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -26,7 +28,38 @@ def test_an_initial_state_gives_the_same_trajectory_whatever_was_played_before(t
     first = play(task, actions)
     play(task, np.tile([1, -1, -1, 1, 1, 1, 1.0], (30, 1)))  # leaves the controller with a turned goal, the hand closed
     task.reset(seed=1, init_state=state)
-    assert np.allclose(play(task, actions), first, atol=1e-4)
+    assert np.array_equal(play(task, actions), first)
+
+
+def test_a_control_step_is_robosuites_to_the_bit(task):
+    actions = np.random.default_rng(1).uniform(-1, 1, (12, 7))
+    data = task.env.sim.data
+    task.reset(seed=3)
+    ours = [(task.step(action), data.qpos.copy(), data.qvel.copy(), task.state())[1:] for action in actions]
+    task.reset(seed=3)
+    for action, mine in zip(actions, ours):
+        task.env.step(action)
+        assert all(np.array_equal(a, b) for a, b in zip(mine, (data.qpos, data.qvel, task.state())))
+
+
+def test_leaving_out_what_is_not_in_view_changes_no_pixel(task, monkeypatch):
+    rng, left_out = np.random.default_rng(2), 0
+    task.reset(seed=4)
+    task.render()
+    model, update = task.env.sim.model._model, task._renderer.update_scene
+
+    def counted(*arguments):
+        nonlocal left_out
+        left_out += int((model.geom_group == 3).sum())
+        update(*arguments)
+    for _ in range(4):
+        play(task, rng.uniform(-1, 1, (6, 7)) * [1, 1, 1, 0.5, 0.5, 0.5, 1])
+        monkeypatch.setattr(task._renderer, "update_scene", counted)
+        fewer = task.render()
+        with monkeypatch.context() as patch:
+            patch.setattr(task, "_unseen_hidden", lambda camera: contextlib.nullcontext())
+            assert np.array_equal(fewer, task.render())
+    assert left_out > 50 and not (model.geom_group == 3).any()
 
 
 def test_seeds_place_objects_and_the_same_seed_places_them_the_same(task):
