@@ -29,6 +29,7 @@ from __future__ import annotations
 import math
 import zlib
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -62,6 +63,10 @@ class PolicyConfig:
     augment: bool = True  # shift and colour jitter in clone_loss
     max_shift: float = 0.05  # largest random shift of a view, as a fraction of the image side
     jitter: float = 0.2  # largest relative change of brightness, contrast and saturation
+    backbone: str = ""  # folder or hub id of an OpenVLA-OFT checkpoint (openvla.py), which has its own sizes; empty: ours
+    statistics: str = ""  # with a backbone: key in its dataset_statistics.json; empty: the suite's
+    lora_rank: int = 0  # with a backbone: cloning fine-tunes it by LoRA of this rank (OFT: 32); 0: the scale head alone
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # with a backbone: of its frozen weights
 
     @classmethod
     def tiny(cls) -> "PolicyConfig":
@@ -249,9 +254,9 @@ class Policy(nn.Module):
 
     def env_actions(self, actions) -> torch.Tensor:
         """Normalised (B, L, A) -> environment units, clipped to [-1, 1]; gripper -1 (open) or +1 (close)."""
-        motion = self.normalizer.unnormalize_action(actions).clamp(-1, 1)
+        actions = self.normalizer.unnormalize_action(actions).clamp(-1, 1)
         gripper = torch.where(actions[..., -1:] > 0, 1.0, -1.0)
-        return torch.cat([motion[..., :-1], gripper], dim=-1)
+        return torch.cat([actions[..., :-1], gripper], dim=-1)
 
     def save_pretrained(self, folder):
         save_model(folder, self, {"model_type": MODEL_TYPE, "config": asdict(self.config),
@@ -288,7 +293,8 @@ def clone_loss(policy, batch, generator):
     scale = ActionDistribution(predicted.loc.detach(), predicted.log_scale)
     nll = -masked_mean(scale.log_prob(actions), valid) / actions.shape[-1]
     with torch.no_grad():
-        gripper = masked_mean(((predicted.loc[..., -1] > 0) == (actions[..., -1] > 0)).float(), valid)
+        gripper = [policy.env_actions(values)[..., -1] for values in (predicted.loc, actions)]
+        gripper = masked_mean((gripper[0] == gripper[1]).float(), valid)
         log_scale = masked_mean(predicted.log_scale.mean(-1), valid)
     metrics = {"l1": l1.detach(), "nll": nll.detach(), "log_scale": log_scale, "gripper_accuracy": gripper}
     return l1 + config.scale_loss_weight * nll, metrics

@@ -31,7 +31,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from runs import UserError
 
@@ -184,35 +183,43 @@ def make_optimizer(policy, config):
 
 
 class LoRA(nn.Module):
-    """W -> W + B A, the weight of a frozen matrix (out, in) with a change of low rank (arXiv 2106.09685)."""
+    """x -> W x + B A x: a frozen matrix W (out, in) with a change of low rank (arXiv 2106.09685).
 
-    def __init__(self, weight, rank):
+    W is neither copied nor rounded: it may be bfloat16, in which most steps of training would be rounded away.
+    """
+
+    def __init__(self, linear, rank):
         super().__init__()
-        self.a = nn.Parameter(torch.randn(rank, weight.shape[1], device=weight.device) / math.sqrt(weight.shape[1]))
-        self.b = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))  # starts without a change
+        self.linear, (n_out, n_in) = linear, linear.weight.shape
+        self.a = nn.Parameter(torch.randn(rank, n_in, device=linear.weight.device) / math.sqrt(n_in))
+        self.b = nn.Parameter(torch.zeros(n_out, rank, device=linear.weight.device))  # starts without a change
 
-    def forward(self, weight):
-        return weight + self.b @ self.a
+    def forward(self, x):
+        return self.linear(x) + (x.to(self.a.dtype) @ self.a.T @ self.b.T).to(x.dtype)
 
 
 def add_lora(policy, rank):
-    """Freeze all of the policy but its heads; give every matrix of its backbone a trainable low-rank change."""
+    """Freeze all of the policy but its heads; give every matrix of its backbone a trainable low-rank change.
+
+    A policy that has such changes already goes on with them.
+    """
+    layers = dict(policy.backbone.named_modules())
+    if not any(isinstance(layer, LoRA) for layer in layers.values()):
+        for name, layer in layers.items():
+            if isinstance(layer, nn.Linear):
+                policy.backbone.set_submodule(name, LoRA(layer, rank))
     for name, parameter in policy.named_parameters():
-        parameter.requires_grad_(name.startswith(("action_head.", "scale_head.")))
-    for module in linear_layers(policy):
-        parametrize.register_parametrization(module, "weight", LoRA(module.weight, rank))
+        parameter.requires_grad_(name.startswith(("action_head.", "scale_head.")) or name.endswith((".a", ".b")))
 
 
+@torch.no_grad()
 def merge_lora(policy):
     """The same policy as plain matrices again, all of them trainable."""
-    for module in linear_layers(policy):
-        if parametrize.is_parametrized(module, "weight"):
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+    for name, layer in list(policy.backbone.named_modules()):
+        if isinstance(layer, LoRA):
+            layer.linear.weight += layer.b @ layer.a
+            policy.backbone.set_submodule(name, layer.linear)
     policy.requires_grad_(True)
-
-
-def linear_layers(policy):
-    return [module for module in policy.backbone.modules() if isinstance(module, nn.Linear)]
 
 
 def minibatches(count, config, generator):

@@ -19,20 +19,21 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 import report
 from config import STAGES, TrainConfig, parse, stage_settings
 from demonstrations import collect_demonstrations, read_demonstrations
-from episodes import ChunkData, CloneData, Episode, Normalizer, StartContext, joined, load_episodes
+from episodes import ChunkData, CloneData, Episode, Normalizer, StartContext, first_closing, joined, load_episodes
 from evaluate import evaluate_policies, film, imagined_success, load_policies, pick_device
 from fidelity import (check_trust, frame_logits, frame_scores, horizon_errors, imagine_episodes, outcome_agreement,
                       reflector_quality)
 from geometry import Cameras
 from intervals import proportion, summarize
 from libero_env import LiberoContext, LiberoTask, LiberoVectorEnv, load_suite, step_limit
+from openvla import OpenVLAPolicy, load_policy
+from openvla_memory import check_training
 from playing import play
 from policy import Policy, clone_loss
 from ppo import add_lora, improve, make_optimizer, merge_lora
@@ -41,7 +42,6 @@ from runs import (Run, UserError, clear_errors, fit, in_processes, load_resume, 
                   step_generator, write_json)
 from world_model import VirtualEnv, WorldModel, grasp_loss, world_model_loss
 
-CLOSING = 0.072  # m: fingers less open than this have begun to close
 CHECK_SEED = 20_000_000  # placements of `check`
 
 
@@ -56,6 +56,8 @@ def train(config: TrainConfig):
     wrong = [task for task in config.task_ids if not 0 <= task < suite.n_tasks]
     if wrong:
         raise UserError(f"{config.task} has no task {wrong[0]}: --task_ids takes numbers from 0 to {suite.n_tasks - 1}")
+    if config.policy.backbone and config.rl_env != "none" and not (config.ppo.lora_rank or config.policy.lora_rank):
+        raise UserError("billions of parameters are post-trained by LoRA: add --ppo.lora_rank 32 to --policy.backbone")
     run = Run(config.output_dir or Path("runs") / config.task)
     write_json(run.folder / "config.json", asdict(config))
     device = pick_device(config.device)
@@ -87,8 +89,8 @@ def demonstrate(config, run, folder, device):
     source = Path(config.demos) if config.demos else folder
     if not config.demos:
         missing = [task for task in config.task_ids if not (folder / f"{names[task]}_demo.hdf5").exists()]
-        arguments = [(config.task, task, config.num_demos, config.seed, folder, config.explore.mesh_cell)
-                     for task in missing]
+        arguments = [(config.task, task, config.num_demos, config.seed, folder, config.explore.mesh_cell,
+                      config.policy.image_size) for task in missing]
         in_processes(collect_demonstrations, arguments, config.num_procs, "demonstrate", "task")
     elif not source.is_dir():
         raise UserError(f"--demos {source} is not a folder: give the one that holds LIBERO's *_demo.hdf5 files")
@@ -109,14 +111,21 @@ def demonstrate(config, run, folder, device):
 # 2 clone, 3 explore
 # ---------------------------------------------------------------------------------------------------------------------
 def clone(config, run, folder, device):
-    """Supervised training of the policy and its Laplace scale head on the demonstrations."""
+    """Supervised training of the policy and its Laplace scale head on the demonstrations.
+
+    A pretrained policy (`--policy.backbone`) stays as it is but for the scale head, or is fine-tuned by LoRA.
+    """
     if config.refresh:
         return keep("clone", config, folder)
     normalizer = Normalizer.from_dict(read_json(run.path("demonstrate") / "normalizer.json"))
-    data = CloneData(demonstrations(run), normalizer, config.policy.chunk_size, device)
     torch.manual_seed(config.seed)
-    policy = Policy(config.policy, normalizer).to(device)
-    fit_clone("clone", policy, data, config, run, folder, device)
+    if config.policy.backbone:
+        policy = OpenVLAPolicy.from_checkpoint(config.policy, config.task)
+        check_training(policy, config.clone.batch_size, config.policy.lora_rank, device, "--clone.batch_size")
+    else:
+        policy = Policy(config.policy, normalizer)
+    data = CloneData(demonstrations(run), policy.normalizer, config.policy.chunk_size, device)
+    fit_clone("clone", policy.to(device), data, config, run, folder, device)
     policy.save_pretrained(folder)
 
 
@@ -130,7 +139,7 @@ def keep(stage, config, folder):
 
 def first_policy(config, run, device):
     """Where exploration and RL begin: the cloned policy, or the last one of the run that is refreshed."""
-    return Policy.from_pretrained(Path(config.refresh) / "imagine" if config.refresh else run.path("clone")).to(device)
+    return load_policy(Path(config.refresh) / "imagine" if config.refresh else run.path("clone"), device)
 
 
 def fit_clone(name, policy, data, config, run, folder, device):
@@ -174,12 +183,6 @@ def grasp_retries(episodes, config) -> list[LiberoContext]:
             contexts.append(LiberoContext(episode.task_id, episode.seed, prefix=episode.actions[:start * L], take=take,
                                           max_steps=(closing + 3 - start) * L))
     return contexts
-
-
-def first_closing(states) -> int | None:
-    """The first of the frames `states` (T, 8) in which the fingers have begun to close."""
-    closing = np.flatnonzero(states[:, 6] - states[:, 7] < CLOSING)
-    return int(closing[0]) if len(closing) else None
 
 
 def demonstrations(run):
@@ -279,6 +282,8 @@ def imagine(config, run, folder, device):
         data = CloneData(demonstrations(run) + successes, policy.normalizer, config.policy.chunk_size, device)
         fit_clone("imagine", policy, data, config, run, folder, device)
         return policy.save_pretrained(folder)
+    if config.policy.backbone:
+        check_training(policy, config.ppo.microbatch, config.ppo.lora_rank, device, "--ppo.microbatch")
     if config.ppo.lora_rank:
         add_lora(policy, config.ppo.lora_rank)
     optimizer = make_optimizer(policy, config.ppo)
@@ -296,7 +301,8 @@ def imagine(config, run, folder, device):
             save_resume(folder, iteration + 1, policy, optimizer)
     finally:
         env.close()
-    merge_lora(policy)
+    if not config.policy.backbone:  # a pretrained policy's changes stay apart from its gigabytes
+        merge_lora(policy)
     policy.save_pretrained(folder)
 
 
@@ -319,7 +325,7 @@ def virtual_world(config, run, device):
     """The virtual environment, and start contexts drawn from recorded frames in which the task is not done."""
     training, _ = explored(config, run)
     data = ChunkData(demonstrations(run) + training, config.policy.chunk_size, device)
-    pools, start = start_pools(data), config.start
+    pools, start = data.start_pools(), config.start
     failed = [[not episode.success.any() for episode in training if episode.task_id == task and episode.source == "explore"]
               for task in config.task_ids]
     share = torch.tensor([((sum(values) + 1) / (len(values) + 2)) ** start.focus for values in failed])
@@ -337,21 +343,6 @@ def virtual_world(config, run, device):
     world, reflector = load_world(run, device)
     virtual = replace(config.virtual, seed=config.seed)
     return VirtualEnv(world, reflector, virtual, config.ppo.groups * config.ppo.group_size, config.ppo.group_size), draw
-
-
-def start_pools(data) -> dict[tuple[str, int], list]:
-    """Frames to start from, by kind and task: the first ones ("opening"), those one to three chunks before the fingers
-    first close ("contact"), and all later ones ("midway"); only where the task is not done and was not."""
-    pools = {}
-    for k, t in data.index:
-        track, task = data.tracks[k], data.episodes[k].task_id
-        closing = first_closing(track.states)
-        if track.success[:t + 1].any():
-            continue
-        pools.setdefault(("midway" if t else "opening", task), []).append((k, t))
-        if closing is not None and 0 < closing - t <= 3:
-            pools.setdefault(("contact", task), []).append((k, t))
-    return pools
 
 
 def true_world(config, device):
