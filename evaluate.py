@@ -109,8 +109,8 @@ def fingerprint(module) -> str:
 
 def versions() -> dict[str, str]:
     """Of what the true simulator is made of."""
-    benchmark = metadata.packages_distributions().get("libero", ["libero"])[0]
-    return {name: metadata.version(name) for name in ("mujoco", "robosuite", benchmark)}
+    benchmark = metadata.packages_distributions().get("libero", [])[:1]  # none where it is not an installed package
+    return {name: metadata.version(name) for name in ("mujoco", "robosuite", *benchmark)}
 
 
 def protocol(arguments, suite, task_ids, sizes, rule) -> dict:
@@ -121,9 +121,10 @@ def protocol(arguments, suite, task_ids, sizes, rule) -> dict:
             "initial states": f"the benchmark's first {arguments.episodes}, in order", "settling steps": SETTLE_STEPS,
             "step limit": step_limit(suite), "actions": f"chunks of {sizes.chunk_size} control steps, whole, open loop, "
             + (f"sampled (seed {arguments.seed})" if arguments.sample else "greedy"),
-            "pictures": f"{sizes.image_size} pixels, averaged down from {max(RENDER_SIZE, sizes.image_size)}; standard meshes",
+            "pictures": f"{sizes.image_size} pixels, drawn with {max(RENDER_SIZE, sizes.image_size)}; standard meshes",
             "an episode ends": f"{ends[arguments.stop]}, or at the step limit",
-            "the reflector stops": f"at {rule.confirm} frames in a row above {rule.eta}",
+            "the reflector": "is not asked" if arguments.stop == "oracle" else
+            f"stops at {rule.confirm} frames in a row above {rule.eta}",
             "versions": ", ".join(f"{name} {version}" for name, version in versions().items())}
 
 
