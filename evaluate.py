@@ -265,6 +265,8 @@ def main(arguments: Arguments):
     suite = arguments.task or trained[0]["task"]
     count = load_suite(suite).n_tasks
     task_ids = list(arguments.task_ids or (trained[0]["task_ids"] if suite == trained[0]["task"] else range(count)))
+    if not task_ids:
+        raise UserError(f"{suite} has no tasks in the installed benchmark: choose another --task")
     for task in task_ids:
         if not 0 <= task < count:
             raise UserError(f"{suite} has no task {task}: --task_ids takes numbers from 0 to {count - 1}")

@@ -62,6 +62,11 @@ def test_leaving_out_what_is_not_in_view_changes_no_pixel(task, monkeypatch):
     assert left_out > 50 and not (model.geom_group == 3).any()
 
 
+def test_a_state_of_another_scene_is_refused(task):
+    with pytest.raises(UserError, match="do not fit"):
+        task.reset(init_state=np.zeros(58))
+
+
 def test_seeds_place_objects_and_the_same_seed_places_them_the_same(task):
     def positions(seed):
         task.reset(seed=seed)
@@ -156,6 +161,8 @@ def test_an_episode_is_taken_up_again_where_its_prefix_ends_and_is_cut_off_in_ti
 def test_unknown_names_are_one_clear_line_that_lists_the_known_ones():
     with pytest.raises(UserError, match="libero_goal, libero_object"):
         load_suite("libero_objects")
+    with pytest.raises(UserError, match="no initial states for libero_object_temp"):
+        initial_states("libero_object_temp", 0)
     with pytest.raises(UserError, match="0 to 9"):
         LiberoTask("libero_object", 10)
     assert step_limit("libero_object") == step_limit("libero_object_swap") == 280 and step_limit("libero_10") == 520
