@@ -110,8 +110,8 @@ def fingerprint(module) -> str:
 
 def versions() -> dict[str, str]:
     """Of what the true simulator is made of."""
-    benchmark = metadata.packages_distributions().get("libero", ["libero"])[0]
-    return {name: metadata.version(name) for name in ("mujoco", "robosuite", benchmark)}
+    benchmark = metadata.packages_distributions().get("libero", [])[:1]  # none where it is not an installed package
+    return {name: metadata.version(name) for name in ("mujoco", "robosuite", *benchmark)}
 
 
 def protocol(arguments, suite, task_ids, sizes, rule) -> dict:
@@ -122,9 +122,10 @@ def protocol(arguments, suite, task_ids, sizes, rule) -> dict:
             "initial states": f"the benchmark's first {arguments.episodes}, in order", "settling steps": SETTLE_STEPS,
             "step limit": step_limit(suite), "actions": f"chunks of {sizes.chunk_size} control steps, whole, open loop, "
             + (f"sampled (seed {arguments.seed})" if arguments.sample else "greedy"),
-            "pictures": f"{RENDER_SIZE} pixels averaged down to {sizes.image_size}, standard meshes",
+            "pictures": f"{sizes.image_size} pixels, drawn with {max(RENDER_SIZE, sizes.image_size)}; standard meshes",
             "an episode ends": f"{ends[arguments.stop]}, or at the step limit",
-            "the reflector stops": f"at {rule.confirm} frames in a row above {rule.eta}",
+            "the reflector": "is not asked" if arguments.stop == "oracle" else
+            f"stops at {rule.confirm} frames in a row above {rule.eta}",
             "versions": ", ".join(f"{name} {version}" for name, version in versions().items())}
 
 
@@ -269,6 +270,8 @@ def main(arguments: Arguments):
     suite = arguments.task or trained[0]["task"]
     count = load_suite(suite).n_tasks
     task_ids = list(arguments.task_ids or (trained[0]["task_ids"] if suite == trained[0]["task"] else range(count)))
+    if not task_ids:
+        raise UserError(f"{suite} has no tasks in the installed benchmark: choose another --task")
     for task in task_ids:
         if not 0 <= task < count:
             raise UserError(f"{suite} has no task {task}: --task_ids takes numbers from 0 to {count - 1}")

@@ -44,9 +44,8 @@ def load_suite(name):
         try:
             from libero.libero import benchmark
         except (ImportError, AttributeError, OSError) as error:
-            raise UserError(f"LIBERO cannot be imported ({error}): pip install -r requirements.txt; MUJOCO_GL="
-                            f"{os.environ['MUJOCO_GL']} needs the GL libraries: apt-get install libegl1 libegl-mesa0 "
-                            "libgl1") from None
+            raise UserError(f"LIBERO cannot be imported ({error}): pip install -r requirements.txt; for MUJOCO_GL="
+                            f"{os.environ['MUJOCO_GL']}: apt-get install libegl1 libegl-mesa0 libgl1") from None
         suites = benchmark.get_benchmark_dict()
         if name not in suites:
             known = ", ".join(sorted(suite for suite in suites if suite in STEP_LIMITS))
@@ -62,8 +61,11 @@ def step_limit(suite) -> int:
 
 def initial_states(suite, task_id) -> np.ndarray:
     """The benchmark's 50 initial states (50, D) of a task. They are the test set: for evaluation alone."""
-    with _quiet():
-        return np.asarray(load_suite(suite).get_task_init_states(task_id))
+    try:
+        with _quiet():
+            return np.asarray(load_suite(suite).get_task_init_states(task_id))
+    except FileNotFoundError:  # the benchmark's package knows some variants by name alone
+        raise UserError(f"the installed benchmark has no initial states for {suite}: choose another --task") from None
 
 
 @contextlib.contextmanager
@@ -112,6 +114,8 @@ class LiberoTask:
         # A reset must come before the state is set: it gives the controller its goal. With another goal the hand turns
         # by up to 20 degrees while it settles.
         self._soft_reset(seed, joint_noise=0.0)
+        if len(init_state) != len(self.env.get_sim_state()):
+            raise UserError(f"the installed benchmark's initial states do not fit its task {self.task_id} of {self.suite}")
         self.env.set_init_state(init_state)
         for _ in range(SETTLE_STEPS):
             self.step(NO_OP)
@@ -167,10 +171,7 @@ class LiberoTask:
 
     @contextlib.contextmanager
     def _unseen_hidden(self, camera):
-        """Leave out what lies wholly beside or behind the camera's view: the same picture from fewer triangles.
-
-        Not where a light casts shadows or a surface in view mirrors (MuJoCo mirrors in planes and boxes alone).
-        """
+        """Draw only what the camera can see; all, where a light casts shadows or a box or plane in view mirrors."""
         model, data = self.env.sim.model._model, self.env.sim.data._data
         number, groups = model.camera(camera).id, model.geom_group.copy()
         x, y, z = ((data.geom_xpos - data.cam_xpos[number]) @ data.cam_xmat[number].reshape(3, 3)).T  # it looks along -z
