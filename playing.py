@@ -19,10 +19,10 @@ import torch
 from tqdm import tqdm
 
 from distributed import gather, rank, shard, world_size
-from episodes import Episode, first_closing
+from episodes import Episode, first_closing, load_episodes
 from libero_env import LiberoContext, LiberoVectorEnv
 from ppo import rollout
-from runs import step_generator
+from runs import read_log, step_generator
 
 
 def grasp_retries(episodes, config) -> list[LiberoContext]:
@@ -100,6 +100,22 @@ def next_episode(todo, playing, slot):
     return next(episode for episode in todo if episode[1].task_id == task)
 
 
+def control_steps(run, rl_env) -> dict[str, dict[str, int]]:
+    """{stage: {"true" or "imagined": control steps that a finished run's stage took}}; training on records takes none."""
+    played = {stage: sum(line["steps"] + line.get("before", 0) for path in sorted((run.folder / stage).glob(pattern))
+                         for line in read_lines(path).values())
+              for stage, pattern in (("explore", "episodes.jsonl"), ("imagine", "check_*/episodes.jsonl"),
+                                     ("evaluate", "*/episodes.jsonl"))}
+    recorded = load_episodes(run.path("demonstrate") / "episodes")
+    steps = {"demonstrate": {"true": sum(len(episode.actions) for episode in recorded)},
+             **{stage: {"true": count} for stage, count in played.items()}}
+    world = "true" if rl_env == "libero" else "imagined"
+    learned = sum(int(record.get("control_steps", 0)) for (stage, _), record in
+                  read_log(run.folder / "log.jsonl").items() if stage == "imagine")
+    steps["imagine"][world] = steps["imagine"].get(world, 0) + learned
+    return steps
+
+
 def read_lines(path) -> dict[str, dict]:
     """{file: line of episodes.jsonl}. A last line that a kill has cut short is taken off the file."""
     whole = [line for line in (path.read_text() if path.exists() else "").splitlines(keepends=True) if line.endswith("\n")]
@@ -124,6 +140,7 @@ def save_episode(played, path, context, source, env, temperature) -> dict:
     stops = np.flatnonzero(env.rule.stops(score)) if env.rule else []
     stop = int(stops[0]) if len(stops) else T - 1
     return {"file": path.name, "task_id": context.task_id, "seed": context.seed, "chunks": T, "steps": steps,
+            "before": 0 if context.prefix is None else len(context.prefix),
             "oracle_stop": reached is not None, "steps_to_oracle_stop": reached or steps,
             "self_stop": bool(success[stop]), "steps_to_self_stop": min((stop + 1) * env.chunk_size, steps),
             "stopped_at": stop + 1 if len(stops) else None, "success": success.astype(int).tolist(),

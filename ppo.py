@@ -327,6 +327,7 @@ def improve(policy, optimizer, env, draw_contexts, config, generator):
     return metrics | {
         "imagined_success": float(terminated.float().mean()),               # stopped before the horizon
         "reward": float(reward.mean()),
+        "control_steps": float(lasted.sum()) * played.actions.shape[2],
         "stop_chunk": float(lasted.float().mean()),                         # chunks that a rollout lasts
         "groups_without_advantage": float((advantage.abs().amax(1) < 1e-6).float().mean()),
     }

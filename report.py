@@ -9,7 +9,6 @@ Try it:  python -m pytest tests/test_report.py
 """
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -17,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
+
+from runs import read_log
 
 # ----------------------------------------------------------------------------------------------------------
 # report.md
@@ -69,10 +70,16 @@ def results_table(results: dict) -> str:
     if "videos" in results:
         parts += ["## Videos", f"In `{results['videos']}`: true above, imagined (same actions) below."]
     if results.get("stages"):
-        rows = [[name, duration(seconds)] for name, seconds in results["stages"].items()]
-        rows.append(["**all**", f"**{duration(sum(results['stages'].values()))}**"])
-        parts += ["## Time", _markdown(["stage", "time"], rows)]
+        parts += ["## Cost", _cost_table(results["stages"], results.get("control_steps", {}))]
     return "\n\n".join(parts) + "\n"
+
+
+def _cost_table(seconds, steps) -> str:
+    rows = [[stage, duration(time), *(f"{steps.get(stage, {}).get(world, 0):,}" for world in ("true", "imagined"))]
+            for stage, time in seconds.items()]
+    total = [f"{sum(values.get(world, 0) for values in steps.values()):,}" for world in ("true", "imagined")]
+    rows.append(["**all**", *(f"**{value}**" for value in [duration(sum(seconds.values())), *total])])
+    return _markdown(["stage", "time", "true control steps", "imagined control steps"], rows)
 
 
 def _success_table(results) -> str:
@@ -342,7 +349,7 @@ def learning_curves(path, log_jsonl) -> None:
 
     Of a step that was logged twice (a resumed run) the later line counts; a panel without data says so.
     """
-    records = _read_log(Path(log_jsonl))
+    records = read_log(Path(log_jsonl))
     figure = Figure(figsize=(12, 8.5), layout="constrained")  # no pyplot: no display, no state
     for axes, (title, stage, names) in zip(figure.subplots(3, 3).flat, PANELS):
         axes.set_title(title, fontsize=11)
@@ -361,14 +368,3 @@ def learning_curves(path, log_jsonl) -> None:
         if len(axes.lines) > 1:
             axes.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=110)
-
-
-def _read_log(path) -> dict[tuple[str, int], dict]:
-    records = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the run was killed while it wrote this line
-        records[record["stage"], record["step"]] = record
-    return records

@@ -212,6 +212,18 @@ def check_settings(folder, settings: dict):
                             "choose another --output_dir, or delete that folder and those of the later stages")
 
 
+def read_log(path) -> dict[tuple[str, int], dict]:
+    """{(stage, step): the last line of `log.jsonl` about it}."""
+    records = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the run was killed while it wrote this line
+        records[record["stage"], record["step"]] = record
+    return records
+
+
 def _flat(values, prefix="") -> dict:
     """{"a": {"b": 1}} -> {"a.b": 1}: the names of the command line's flags."""
     return {key: value for name, inner in values.items() for key, value in

@@ -37,7 +37,7 @@ from intervals import proportion, summarize
 from libero_env import LiberoContext, LiberoTask, LiberoVectorEnv, load_suite, step_limit
 from openvla import OpenVLAPolicy, load_policy
 from openvla_memory import check_training
-from playing import grasp_retries, play
+from playing import control_steps, grasp_retries, play
 from policy import Policy, clone_loss
 from ppo import add_lora, improve, make_optimizer, merge_lora
 from reflector import Reflector, calibrate, reflector_loss
@@ -403,7 +403,8 @@ def finish(config, run):
     results |= read_json(run.path("evaluate") / "results.json")
     results |= {"world_model": read_json(run.path("simulate") / "held_out.json"),
                 "reflector": read_json(run.path("reflect") / "held_out.json"),
-                "videos": str(run.path("evaluate") / "videos"), "stages": run.seconds()}
+                "videos": str(run.path("evaluate") / "videos"), "stages": run.seconds(),
+                "control_steps": control_steps(run, config.rl_env)}
     write_json(run.folder / "results.json", results)
     report.learning_curves(run.folder / "curves.png", run.folder / "log.jsonl")
     text = report.results_table(results)
