@@ -19,7 +19,6 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
