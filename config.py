@@ -33,8 +33,9 @@ class ExploreConfig:
 @dataclass
 class StartConfig:
     """Where imagined rollouts start in recorded episodes; what the fractions leave over starts at their first frames."""
-    contact: float = 0.5  # fraction that starts one to three chunks before the fingers first close (WoVR's keyframes)
-    midway: float = 0.25  # fraction that starts at any later frame in which the task is not done
+    contact: float = 0.5  # fraction that starts two to four chunks before the fingers first close (WoVR's keyframes)
+    midway: float = 0.1  # fraction that starts at any later frame in which the task is not done
+    hottest: float = 2.0  # only episodes explored at most at this temperature: in hotter ones the hand is often lost
     focus: float = 1.0  # a task's share of the starts grows with its failures in exploration, to this power; 0: all alike
 
 
@@ -73,7 +74,7 @@ class TrainConfig:
     reflect: FitConfig = field(default_factory=lambda: FitConfig(steps=600, batch_size=32, lr=1e-3, weight_decay=0.1))
     virtual: VirtualEnvConfig = field(default_factory=VirtualEnvConfig)
     start: StartConfig = field(default_factory=StartConfig)
-    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(iterations=16))
+    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(iterations=24))
     check: CheckConfig = field(default_factory=CheckConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 

@@ -14,6 +14,7 @@ import torch
 from runs import UserError
 
 VIEWS = ("agentview", "wrist")
+CLOSING = 0.072  # m: fingers less open than this have begun to close
 MEMORY = 4  # F: frames at 0, 1/3 and 2/3 of the history, and the last one (EnerVerse-AC's sparse memory)
 CLOSING = 0.072  # m: fingers less open than this have begun to close
 
@@ -93,6 +94,7 @@ class Episode:
     instruction: str
     source: str  # "demo" or "explore"
     seed: int
+    temperature: float = 0.0  # of the noise that it was explored with
     executed: np.ndarray | None = None  # (S, 7) what the robot was told where that differs, as under an expert's pushes
 
     def __post_init__(self):
@@ -139,6 +141,12 @@ class StartContext:
     instruction: str
     previous_actions: np.ndarray  # (L, 7): the chunk that led here, zeros at the start of an episode
     task_id: int
+
+
+def first_closing(states) -> int | None:
+    """The first of the frames `states` (T, 8) in which the fingers have begun to close."""
+    closing = np.flatnonzero(states[:, 6] - states[:, 7] < CLOSING)
+    return int(closing[0]) if len(closing) else None
 
 
 def memory_index(last: int | torch.Tensor) -> torch.Tensor:
@@ -249,26 +257,18 @@ class ChunkData:
         return [StartContext(self.tracks[k].images[t], self.tracks[k].states[t], self.episodes[k].instruction,
                              self._previous(self.tracks[k], t), self.episodes[k].task_id) for k, t in picks]
 
-
-def start_pools(data) -> dict[tuple[str, int], list]:
-    """Frames to start from, by kind and task: the first ones ("opening"), those one to three chunks before the fingers
-    first close ("contact"), and all later ones ("midway"); only where the task is not done and was not."""
-    pools = {}
-    for k, t in data.index:
-        track, task = data.tracks[k], data.episodes[k].task_id
-        closing = first_closing(track.states)
-        if track.success[:t + 1].any():
-            continue
-        pools.setdefault(("midway" if t else "opening", task), []).append((k, t))
-        if closing is not None and 0 < closing - t <= 3:
-            pools.setdefault(("contact", task), []).append((k, t))
-    return pools
-
-
-def first_closing(states) -> int | None:
-    """The first of the frames `states` (T, 8) in which the fingers have begun to close."""
-    closing = np.flatnonzero(states[:, 6] - states[:, 7] < CLOSING)
-    return int(closing[0]) if len(closing) else None
+    def start_pools(self) -> dict[tuple[str, int], list]:
+        """Frames to start from, by kind and task: first ones ("opening"), those two to four chunks before the fingers
+        first close ("contact"), and all later ones ("midway"); only where the task is not done and was not."""
+        pools = {}
+        for k, t in self.index:
+            track, task, closing = self.tracks[k], self.episodes[k].task_id, first_closing(self.tracks[k].states)
+            if track.success[:t + 1].any():
+                continue
+            pools.setdefault(("midway" if t else "opening", task), []).append((k, t))
+            if closing is not None and 2 <= closing - t <= 4:
+                pools.setdefault(("contact", task), []).append((k, t))
+        return pools
 
 
 def joined(a, b) -> dict:

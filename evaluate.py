@@ -35,8 +35,8 @@ from episodes import ChunkData, Episode, load_episodes
 from fidelity import frame_scores, imagine_episodes, measure
 from intervals import STOPS, over_seeds, summarize
 from libero_env import RENDER_SIZE, SETTLE_STEPS, LiberoContext, LiberoVectorEnv, initial_states, load_suite, step_limit
+from openvla import load_policy
 from playing import play
-from policy import Policy
 from ppo import rollout
 from reflector import Reflector, StopRule
 from runs import Run, UserError, check_settings, clear_errors, read_json, step_generator, write_json
@@ -57,10 +57,10 @@ def pick_device(name) -> torch.device:
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
-def load_policies(folder, device, which="both") -> dict[str, Policy]:
+def load_policies(folder, device, which="both") -> dict:
     """The policies that a run holds: `cloned`, and `post_trained` if its imagine stage is done; or one of the two."""
     stages = {"cloned": Path(folder) / "clone", "post_trained": Path(folder) / "imagine"}
-    found = {name: Policy.from_pretrained(path).to(device).eval() for name, path in stages.items() if path.is_dir()
+    found = {name: load_policy(path, device).eval() for name, path in stages.items() if path.is_dir()
              and which in (name, "both")}
     if not found:
         raise UserError(f"{folder} holds no {'trained' if which == 'both' else which} policy: run train.py first, or give "
@@ -110,8 +110,8 @@ def fingerprint(module) -> str:
 
 def versions() -> dict[str, str]:
     """Of what the true simulator is made of."""
-    benchmark = metadata.packages_distributions().get("libero", ["libero"])[0]
-    return {name: metadata.version(name) for name in ("mujoco", "robosuite", benchmark)}
+    benchmark = metadata.packages_distributions().get("libero", [])[:1]  # none where it is not an installed package
+    return {name: metadata.version(name) for name in ("mujoco", "robosuite", *benchmark)}
 
 
 def protocol(arguments, suite, task_ids, sizes, rule) -> dict:
@@ -122,9 +122,10 @@ def protocol(arguments, suite, task_ids, sizes, rule) -> dict:
             "initial states": f"the benchmark's first {arguments.episodes}, in order", "settling steps": SETTLE_STEPS,
             "step limit": step_limit(suite), "actions": f"chunks of {sizes.chunk_size} control steps, whole, open loop, "
             + (f"sampled (seed {arguments.seed})" if arguments.sample else "greedy"),
-            "pictures": f"{RENDER_SIZE} pixels averaged down to {sizes.image_size}, standard meshes",
+            "pictures": f"{sizes.image_size} pixels, drawn with {max(RENDER_SIZE, sizes.image_size)}; standard meshes",
             "an episode ends": f"{ends[arguments.stop]}, or at the step limit",
-            "the reflector stops": f"at {rule.confirm} frames in a row above {rule.eta}",
+            "the reflector": "is not asked" if arguments.stop == "oracle" else
+            f"stops at {rule.confirm} frames in a row above {rule.eta}",
             "versions": ", ".join(f"{name} {version}" for name, version in versions().items())}
 
 
@@ -269,6 +270,8 @@ def main(arguments: Arguments):
     suite = arguments.task or trained[0]["task"]
     count = load_suite(suite).n_tasks
     task_ids = list(arguments.task_ids or (trained[0]["task_ids"] if suite == trained[0]["task"] else range(count)))
+    if not task_ids:
+        raise UserError(f"{suite} has no tasks in the installed benchmark: choose another --task")
     for task in task_ids:
         if not 0 <= task < count:
             raise UserError(f"{suite} has no task {task}: --task_ids takes numbers from 0 to {count - 1}")

@@ -29,7 +29,7 @@ os.environ.setdefault("MUJOCO_GL", "egl")  # both must be set before the first i
 os.environ.setdefault("LP_NUM_THREADS", "1")  # Mesa gains nothing from a second thread; the other core has its own process
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")
-RENDER_SIZE = 128  # pixels; frames are averaged down to the size a model wants
+RENDER_SIZE = 128  # pixels; frames are averaged down to the size a model wants, or drawn as large as it wants
 NO_OP = np.array([0, 0, 0, 0, 0, 0, -1], np.float32)
 SETTLE_STEPS = 10
 STEP_LIMITS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
@@ -44,9 +44,8 @@ def load_suite(name):
         try:
             from libero.libero import benchmark
         except (ImportError, AttributeError, OSError) as error:
-            raise UserError(f"LIBERO cannot be imported ({error}): pip install -r requirements.txt; MUJOCO_GL="
-                            f"{os.environ['MUJOCO_GL']} needs the GL libraries: apt-get install libegl1 libegl-mesa0 "
-                            "libgl1") from None
+            raise UserError(f"LIBERO cannot be imported ({error}): pip install -r requirements.txt; for MUJOCO_GL="
+                            f"{os.environ['MUJOCO_GL']}: apt-get install libegl1 libegl-mesa0 libgl1") from None
         suites = benchmark.get_benchmark_dict()
         if name not in suites:
             known = ", ".join(sorted(suite for suite in suites if suite in STEP_LIMITS))
@@ -62,8 +61,11 @@ def step_limit(suite) -> int:
 
 def initial_states(suite, task_id) -> np.ndarray:
     """The benchmark's 50 initial states (50, D) of a task. They are the test set: for evaluation alone."""
-    with _quiet():
-        return np.asarray(load_suite(suite).get_task_init_states(task_id))
+    try:
+        with _quiet():
+            return np.asarray(load_suite(suite).get_task_init_states(task_id))
+    except FileNotFoundError:  # the benchmark's package knows some variants by name alone
+        raise UserError(f"the installed benchmark has no initial states for {suite}: choose another --task") from None
 
 
 @contextlib.contextmanager
@@ -80,13 +82,15 @@ class LiberoTask:
     """One LIBERO task in this process, without robosuite's observables and renderer (neither changes the physics).
 
     mesh_cell: edge (m) of the cells in which vertices of drawn meshes are merged; 0 draws the standard meshes.
+    image_size: of the pictures that will be wanted; what is drawn is at least as large.
     """
 
-    def __init__(self, suite, task_id, mesh_cell=0.0):
+    def __init__(self, suite, task_id, mesh_cell=0.0, image_size=RENDER_SIZE):
         benchmark = load_suite(suite)
         if not 0 <= task_id < benchmark.n_tasks:
             raise UserError(f"{suite} has no task {task_id}: its tasks are 0 to {benchmark.n_tasks - 1}")
         self.suite, self.task_id, self.mesh_cell = suite, task_id, mesh_cell
+        self.render_size = max(RENDER_SIZE, image_size)
         self.name, self.instruction = benchmark.get_task(task_id).name, benchmark.get_task(task_id).language
         with _quiet():
             from libero.libero.envs.env_wrapper import ControlEnv
@@ -110,6 +114,8 @@ class LiberoTask:
         # A reset must come before the state is set: it gives the controller its goal. With another goal the hand turns
         # by up to 20 degrees while it settles.
         self._soft_reset(seed, joint_noise=0.0)
+        if len(init_state) != len(self.env.get_sim_state()):
+            raise UserError(f"the installed benchmark's initial states do not fit its task {self.task_id} of {self.suite}")
         self.env.set_init_state(init_state)
         for _ in range(SETTLE_STEPS):
             self.step(NO_OP)
@@ -153,7 +159,7 @@ class LiberoTask:
         return np.concatenate([data.site_xpos[robot.eef_site_id], axis_angle, fingers]).astype(np.float32)
 
     def render(self) -> np.ndarray:
-        """(V, H, W, 3) uint8 of both views, upright, RENDER_SIZE pixels."""
+        """(V, H, W, 3) uint8 of both views, upright, `render_size` pixels."""
         if self._renderer is None:
             self._renderer = self._make_renderer()
         frames = []
@@ -165,10 +171,7 @@ class LiberoTask:
 
     @contextlib.contextmanager
     def _unseen_hidden(self, camera):
-        """Leave out what lies wholly beside or behind the camera's view: the same picture from fewer triangles.
-
-        Not where a light casts shadows or a surface in view mirrors (MuJoCo mirrors in planes and boxes alone).
-        """
+        """Draw only what the camera can see; all, where a light casts shadows or a box or plane in view mirrors."""
         model, data = self.env.sim.model._model, self.env.sim.data._data
         number, groups = model.camera(camera).id, model.geom_group.copy()
         x, y, z = ((data.geom_xpos - data.cam_xpos[number]) @ data.cam_xmat[number].reshape(3, 3)).T  # it looks along -z
@@ -188,7 +191,7 @@ class LiberoTask:
             self._scene_option.geomgroup[0] = 0  # collision shapes
             if self.mesh_cell:
                 merge_vertices(self.env.sim.model._model, self.mesh_cell)
-            return mujoco.Renderer(self.env.sim.model._model, RENDER_SIZE, RENDER_SIZE)
+            return mujoco.Renderer(self.env.sim.model._model, self.render_size, self.render_size)
         except (ImportError, AttributeError, RuntimeError) as error:
             raise UserError(f"no picture can be drawn with MUJOCO_GL={os.environ['MUJOCO_GL']} ({error}): apt-get "
                             "install libegl1 libegl-mesa0 libgl1, or set MUJOCO_GL=osmesa (libosmesa6)") from None
@@ -401,7 +404,7 @@ def _worker(pipe, suite, image_size, mesh_cell):
                 if task is None or task.task_id != task_id:
                     if task is not None:
                         task.close()
-                    task = LiberoTask(suite, task_id, mesh_cell)
+                    task = LiberoTask(suite, task_id, mesh_cell, image_size)
                 task.reset(seed, init_state)
                 for action in () if prefix is None else prefix:
                     task.step(action)

@@ -19,10 +19,24 @@ import torch
 from tqdm import tqdm
 
 from distributed import gather, rank, shard, world_size
-from episodes import Episode
-from libero_env import LiberoVectorEnv
+from episodes import Episode, first_closing
+from libero_env import LiberoContext, LiberoVectorEnv
 from ppo import rollout
 from runs import step_generator
+
+
+def grasp_retries(episodes, config) -> list[LiberoContext]:
+    """The training episodes again, from one to three chunks before their fingers first closed to three chunks after."""
+    contexts, L = [], config.policy.chunk_size
+    for number, episode in enumerate(episodes):
+        closing = first_closing(episode.states)
+        if not closing or episode.seed % 1000 < config.explore.held_out:
+            continue
+        for take in range(1, 1 + config.explore.retries):
+            start = max(0, closing - 1 - (number + take) % 3)
+            contexts.append(LiberoContext(episode.task_id, episode.seed, prefix=episode.actions[:start * L], take=take,
+                                          max_steps=(closing + 3 - start) * L))
+    return contexts
 
 
 def play(policy, env: LiberoVectorEnv, contexts, folder, source, seed, temperatures=None) -> list[dict]:
@@ -54,7 +68,7 @@ def play(policy, env: LiberoVectorEnv, contexts, folder, source, seed, temperatu
             start = time.time()
             noise = step_generator(seed, 100_000_000 * (context.take + 100 * context.task_id) + context.seed)
             played = rollout(policy, slot, [context], temperatures is None, heat, noise)
-            line = save_episode(played, folder / file, context, source, slot)
+            line = save_episode(played, folder / file, context, source, slot, heat if temperatures else 0.0)
             with lock, open(path, "a") as log:
                 line["seconds"] = round((time.time() - start) / env.num_envs / world_size(), 3)  # its share of the wall time
                 lines[file] = line
@@ -96,7 +110,7 @@ def read_lines(path) -> dict[str, dict]:
     return {line["file"]: line for line in map(json.loads, whole)}
 
 
-def save_episode(played, path, context, source, env) -> dict:
+def save_episode(played, path, context, source, env, temperature) -> dict:
     """Write a rollout of one context as an `Episode`; return its line of `episodes.jsonl`."""
     T = int(played.valid[0].sum())
     success, score = played.success[0, :T].cpu().numpy(), played.score[0, :T].cpu().numpy()
@@ -104,7 +118,8 @@ def save_episode(played, path, context, source, env) -> dict:
     Episode(images=played.images[0, :whole + 1].cpu().numpy(), states=played.states[0, :whole + 1].cpu().numpy(),
             actions=played.env_actions[0, :whole].flatten(0, 1).cpu().numpy(),
             success=np.concatenate([[False], success[:whole]]), stride=env.chunk_size, task_id=context.task_id,
-            instruction=played.instruction[0], source=source, seed=context.seed).save(path)
+            instruction=played.instruction[0], source=source, seed=context.seed,
+            temperature=temperature).save(path)
     steps, reached = env.lengths(0)
     stops = np.flatnonzero(env.rule.stops(score)) if env.rule else []
     stop = int(stops[0]) if len(stops) else T - 1

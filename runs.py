@@ -42,6 +42,9 @@ def clear_errors():
         sys.exit(_say(error))
     except KeyboardInterrupt:
         sys.exit(_say("stopped; the same command goes on from the last checkpoint", code=130))
+    except torch.OutOfMemoryError as error:
+        sys.exit(_say(f"{str(error).split('. ')[0]}: give fewer samples at once (--clone.batch_size, --ppo.microbatch, "
+                      "--ppo.groups), then run the same command"))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
@@ -100,22 +103,36 @@ def _read_tensors(path) -> dict[str, torch.Tensor]:
                         "command") from None
 
 
-def save_model(folder, module, config: dict):
-    """Write `model.safetensors` and `config.json` into `folder`."""
+def learned(module) -> dict[str, torch.Tensor]:
+    """The state dict without parameters that are frozen: whoever made the module can make those again."""
+    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    return {key: value for key, value in module.state_dict().items() if key not in frozen}
+
+
+def save_model(folder, module, config: dict, whole=True):
+    """Write `model.safetensors` (whole=False: without frozen parameters) and `config.json` into `folder`."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    _write_tensors(Path(folder) / "model.safetensors", module.state_dict())
+    _write_tensors(Path(folder) / "model.safetensors", module.state_dict() if whole else learned(module))
     write_json(Path(folder) / "config.json", config)
 
 
-def load_weights(folder, module):
-    """Load `folder/model.safetensors` into `module`; keys and shapes must match exactly."""
+def load_weights(folder, module, whole=True):
+    """Load `folder/model.safetensors` into `module`; keys and shapes must match those that `save_model` wrote."""
     path = Path(folder) / "model.safetensors"
     try:
-        module.load_state_dict(_read_tensors(path))
+        _fill(module, _read_tensors(path), whole)
     except RuntimeError as error:
         detail = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise UserError(f"{path} does not fit its config.json: {detail}") from None
     return module
+
+
+def _fill(module, weights, whole):
+    """load_state_dict; RuntimeError where a key is missing (whole=False: one of `learned`) or unknown."""
+    missing, unknown = module.load_state_dict(weights, strict=whole)
+    wrong = unknown + [key for key in missing if key in learned(module)]
+    if wrong:
+        raise RuntimeError(f"keys differ\n{wrong[0]}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,8 +230,8 @@ def step_generator(seed, step, device="cpu") -> torch.Generator:
 
 
 def save_resume(folder, step, model, optimizer):
-    """Weights, optimiser state and step, in one safetensors file."""
-    tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
+    """Weights (but for frozen ones), optimiser state and step, in one safetensors file."""
+    tensors = {f"model.{key}": value for key, value in learned(model).items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
     _write_tensors(Path(folder) / "resume.safetensors", tensors | {"step": torch.tensor(step)})
@@ -231,7 +248,7 @@ def load_resume(folder, model, optimizer) -> int:
         _, index, name = key.split(".")
         optimizer_state.setdefault(int(index), {})[name] = tensors.pop(key)
     try:
-        model.load_state_dict({key.removeprefix("model."): value for key, value in tensors.items()})
+        _fill(model, {key.removeprefix("model."): value for key, value in tensors.items()}, whole=False)
     except RuntimeError:
         raise UserError(f"{path} is of another configuration: delete {folder} and run the same command") from None
     optimizer.load_state_dict(optimizer.state_dict() | {"state": optimizer_state})

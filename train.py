@@ -28,15 +28,16 @@ import runs
 from config import STAGES, TrainConfig, parse, stage_settings
 from demonstrations import collect_demonstrations, read_demonstrations
 from distributed import barrier, gather, rank, shard, world_size
-from episodes import (ChunkData, CloneData, Episode, Normalizer, StartContext, first_closing, joined, load_episodes,
-                      start_pools)
+from episodes import ChunkData, CloneData, Episode, Normalizer, StartContext, joined, load_episodes
 from evaluate import evaluate_policies, film, imagined_success, load_policies, pick_device
 from fidelity import (check_trust, frame_logits, frame_scores, horizon_errors, imagine_episodes, outcome_agreement,
                       reflector_quality)
 from geometry import Cameras
 from intervals import proportion, summarize
 from libero_env import LiberoContext, LiberoTask, LiberoVectorEnv, load_suite, step_limit
-from playing import play
+from openvla import OpenVLAPolicy, load_policy
+from openvla_memory import check_training
+from playing import grasp_retries, play
 from policy import Policy, clone_loss
 from ppo import add_lora, improve, make_optimizer, merge_lora
 from reflector import Reflector, calibrate, reflector_loss
@@ -58,6 +59,8 @@ def train(config: TrainConfig):
     wrong = [task for task in config.task_ids if not 0 <= task < suite.n_tasks]
     if wrong:
         raise UserError(f"{config.task} has no task {wrong[0]}: --task_ids takes numbers from 0 to {suite.n_tasks - 1}")
+    if config.policy.backbone and config.rl_env != "none" and not (config.ppo.lora_rank or config.policy.lora_rank):
+        raise UserError("billions of parameters are post-trained by LoRA: add --ppo.lora_rank 32 to --policy.backbone")
     run = Run(config.output_dir or Path("runs") / config.task)
     write_json(run.folder / "config.json", asdict(config))
     device = pick_device(config.device)
@@ -90,8 +93,8 @@ def demonstrate(config, run, folder, device):
     source = Path(config.demos) if config.demos else folder
     if not config.demos:
         missing = [task for task in shard(config.task_ids) if not (folder / f"{names[task]}_demo.hdf5").exists()]
-        arguments = [(config.task, task, config.num_demos, config.seed, folder, config.explore.mesh_cell)
-                     for task in missing]
+        arguments = [(config.task, task, config.num_demos, config.seed, folder, config.explore.mesh_cell,
+                      config.policy.image_size) for task in missing]
         in_processes(collect_demonstrations, arguments, config.num_procs, "demonstrate", "task")
     elif not source.is_dir():
         raise UserError(f"--demos {source} is not a folder: give the one that holds LIBERO's *_demo.hdf5 files")
@@ -115,14 +118,21 @@ def demonstrate(config, run, folder, device):
 # 2 clone, 3 explore
 # ---------------------------------------------------------------------------------------------------------------------
 def clone(config, run, folder, device):
-    """Supervised training of the policy and its Laplace scale head on the demonstrations."""
+    """Supervised training of the policy and its Laplace scale head on the demonstrations.
+
+    A pretrained policy (`--policy.backbone`) stays as it is but for the scale head, or is fine-tuned by LoRA.
+    """
     if config.refresh:
         return keep("clone", config, folder)
     normalizer = Normalizer.from_dict(read_json(run.path("demonstrate") / "normalizer.json"))
-    data = CloneData(demonstrations(run), normalizer, config.policy.chunk_size, device)
     torch.manual_seed(config.seed)
-    policy = compiled(Policy(config.policy, normalizer).to(device), config)
-    fit_clone("clone", policy, data, config, run, folder, device)
+    if config.policy.backbone:
+        policy = OpenVLAPolicy.from_checkpoint(config.policy, config.task)
+        check_training(policy, config.clone.batch_size, config.policy.lora_rank, device, "--clone.batch_size")
+    else:
+        policy = Policy(config.policy, normalizer)
+    data = CloneData(demonstrations(run), policy.normalizer, config.policy.chunk_size, device)
+    fit_clone("clone", compiled(policy.to(device), config), data, config, run, folder, device)
     policy.save_pretrained(folder)
 
 
@@ -145,8 +155,7 @@ def compiled(model, config):
 
 def first_policy(config, run, device):
     """Where exploration and RL begin: the cloned policy, or the last one of the run that is refreshed."""
-    policy = Policy.from_pretrained(Path(config.refresh) / "imagine" if config.refresh else run.path("clone"))
-    return compiled(policy.to(device), config)
+    return compiled(load_policy(Path(config.refresh) / "imagine" if config.refresh else run.path("clone"), device), config)
 
 
 def fit_clone(name, policy, data, config, run, folder, device):
@@ -176,20 +185,6 @@ def explore(config, run, folder, device):
     finally:
         env.close()
     print(f"explore: {sum(line['oracle_stop'] for line in lines)} of {len(lines)} episodes succeeded")
-
-
-def grasp_retries(episodes, config) -> list[LiberoContext]:
-    """The training episodes again, from one to three chunks before their fingers first closed to three chunks after."""
-    contexts, L = [], config.policy.chunk_size
-    for number, episode in enumerate(episodes):
-        closing = first_closing(episode.states)
-        if not closing or episode.seed % 1000 < config.explore.held_out:
-            continue
-        for take in range(1, 1 + config.explore.retries):
-            start = max(0, closing - 1 - (number + take) % 3)
-            contexts.append(LiberoContext(episode.task_id, episode.seed, prefix=episode.actions[:start * L], take=take,
-                                          max_steps=(closing + 3 - start) * L))
-    return contexts
 
 
 def demonstrations(run):
@@ -298,6 +293,8 @@ def imagine(config, run, folder, device):
         data = CloneData(demonstrations(run) + successes, policy.normalizer, config.policy.chunk_size, device)
         fit_clone("imagine", policy, data, config, run, folder, device)
         return policy.save_pretrained(folder)
+    if config.policy.backbone:
+        check_training(policy, config.ppo.microbatch, config.ppo.lora_rank, device, "--ppo.microbatch")
     if config.ppo.lora_rank:
         add_lora(policy, config.ppo.lora_rank)
     optimizer = make_optimizer(policy, config.ppo)
@@ -315,7 +312,8 @@ def imagine(config, run, folder, device):
             save_resume(folder, iteration + 1, policy, optimizer)
     finally:
         env.close()
-    merge_lora(policy)
+    if not config.policy.backbone:  # a pretrained policy's changes stay apart from its gigabytes
+        merge_lora(policy)
     policy.save_pretrained(folder)
 
 
@@ -337,8 +335,9 @@ def check(config, run, policy, folder, device) -> dict:
 def virtual_world(config, run, device):
     """The virtual environment, and start contexts drawn from recorded frames in which the task is not done."""
     training, _ = explored(config, run)
-    data = ChunkData(demonstrations(run) + training, config.policy.chunk_size, device)
-    pools, start = start_pools(data), config.start
+    start, mild = config.start, [episode for episode in training if episode.temperature <= config.start.hottest]
+    data = ChunkData(demonstrations(run) + mild, config.policy.chunk_size, device)
+    pools = data.start_pools()
     failed = [[not episode.success.any() for episode in training if episode.task_id == task and episode.source == "explore"]
               for task in config.task_ids]
     share = torch.tensor([((sum(values) + 1) / (len(values) + 2)) ** start.focus for values in failed])

@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from episodes import ChunkData, Episode
+from episodes import Episode
 from intervals import wilson_interval
+from openvla_tiny import write_checkpoint
 from config import TrainConfig
-from train import grasp_retries, start_pools
+from playing import grasp_retries
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--preset", "tiny", "--device", "cpu"]
@@ -161,12 +162,6 @@ def explored_episode(**fields):
     return Episode(**values | fields)
 
 
-def test_rollouts_start_before_contact_inside_episodes_and_at_their_openings():
-    pools = start_pools(ChunkData([explored_episode()], 8, "cpu"))
-    assert pools == {("opening", 3): [(0, 0)], ("midway", 3): [(0, t) for t in range(1, 7)],
-                     ("contact", 3): [(0, 2), (0, 3), (0, 4)]}
-
-
 def test_only_training_episodes_that_grasp_are_taken_up_again_and_just_before_it():
     never, held_out = np.zeros((9, 8), np.float32), 100_002
     never[:, 6] = 0.08
@@ -177,6 +172,16 @@ def test_only_training_episodes_that_grasp_are_taken_up_again_and_just_before_it
         start = len(context.prefix) // 8
         assert 2 <= start <= 4 and start * 8 + context.max_steps == 64  # to three chunks after frame 5
     assert len({len(context.prefix) for context in contexts}) == 2
+
+
+def test_a_pretrained_policy_is_cloned_and_post_trained_by_the_same_stages(finished, tmp_path):
+    checkpoint, folder = write_checkpoint(tmp_path / "checkpoint"), copy_of(finished, tmp_path, ["clone", "imagine", "evaluate"])
+    process = run("train.py", *TINY, "--stages", "clone", "imagine", "--policy.backbone", checkpoint, "--ppo.lora_rank", 2,
+                  "--clone.steps", 2, "--clone.batch_size", 2, "--ppo.iterations", 1, "--ppo.groups", 1, "--ppo.group_size", 2,
+                  "--output_dir", folder)
+    assert process.returncode == 0, process.stderr
+    start, end = (load_file(folder / stage / "model.safetensors") for stage in ("clone", "imagine"))
+    assert all(name.startswith("scale_head.") for name in start) and any(name.endswith("q_proj.b") for name in end)
 
 
 def test_both_worlds_are_looked_at_between_rl_iterations(finished, tmp_path):
@@ -283,6 +288,7 @@ def test_bad_names_and_folders_are_refused(tmp_path):
     refused(run("train.py", "--task", "libero_objects", "--output_dir", tmp_path / "a"), "libero_object")
     refused(run("train.py", *TINY, "--task_ids", 12, "--output_dir", tmp_path / "b"), "from 0 to 9")
     refused(run("train.py", *TINY, "--stages", "clone", "--output_dir", tmp_path / "c"), "add demonstrate to --stages")
+    refused(run("train.py", *TINY, "--policy.backbone", "a/b", "--output_dir", tmp_path / "c"), "--ppo.lora_rank 32")
     refused(run("train.py", *TINY, "--demos", tmp_path / "none", "--output_dir", tmp_path / "d"), "not a folder")
     refused(run("evaluate.py", "--checkpoint", tmp_path / "nothing"), "does not exist")
     refused(run("evaluate.py", "--checkpoint", tmp_path / "nothing", "--episodes", 0), "1 or more")
