@@ -56,6 +56,10 @@ def test_the_run_leaves_a_report_results_and_pictures(finished):
         assert results["imagined"][policy]["episodes"] == 2
     assert set(results["paired"]["post_trained - cloned"]["oracle_stop"]) == {"difference", "ci95", "mcnemar_p"}
     assert list(results["stages"]) == ["demonstrate", "clone", "explore", "simulate", "reflect", "imagine", "evaluate"]
+    steps = results["control_steps"]
+    assert steps["imagine"] == {"true": 0, "imagined": steps["imagine"]["imagined"]} and 0 < steps["imagine"]["imagined"] <= 2 * 8 * 24
+    explored = [np.load(path)["actions"] for path in (folder / "explore").glob("*.npz")]
+    assert steps["explore"]["true"] >= sum(map(len, explored)) > 0 and steps["demonstrate"]["true"] > 100
     assert (folder / "report.md").read_text().strip() in process.stdout
     for task in (0, 1):
         assert (folder / "evaluate" / "videos" / f"task{task:02d}_0.gif").stat().st_size > 10_000
