@@ -100,18 +100,22 @@ class LiberoTask:
 
     def reset(self, seed=None, init_state=None):
         """Start an episode: from `init_state` (D,), or from placements drawn with `seed` as the benchmark's were."""
+        seed = seed if init_state is None else 0  # states leave out where the fixtures stand: the same place every time
         if init_state is None:
-            np.random.seed(seed)  # LIBERO's placement samplers use numpy's global generator
-            self._soft_reset(joint_noise=0.02)
+            self._soft_reset(seed, joint_noise=0.02)
             init_state = self.env.get_sim_state()
         # A reset must come before the state is set: it gives the controller its goal. With another goal the hand turns
         # by up to 20 degrees while it settles.
-        self._soft_reset(joint_noise=0.0)
+        self._soft_reset(seed, joint_noise=0.0)
         self.env.set_init_state(init_state)
         for _ in range(SETTLE_STEPS):
             self.step(NO_OP)
 
-    def _soft_reset(self, joint_noise):
+    def _soft_reset(self, seed, joint_noise):
+        np.random.seed(seed)  # LIBERO's placement samplers use numpy's global generator
+        for fixture in self.env.env.fixtures_dict.values():  # what stands on one is placed relative to its last place:
+            body = self.env.sim.model._model.body(fixture.root_body)  # a new model has it at the origin
+            body.pos[:], body.quat[:] = 0, (1, 0, 0, 0)
         robot = self.env.robots[0]
         robot.initialization_noise["magnitude"] = joint_noise
         robot.gripper.current_action = np.zeros(robot.gripper.dof)  # a soft reset forgets this one
