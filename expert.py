@@ -17,6 +17,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 DOWN = Rotation.from_rotvec([np.pi, 0, 0])  # the hand's rotation when it points down; its fingers open along y
+HALF_TURNS = Rotation.identity(), Rotation.from_rotvec([0, 0, np.pi])
 UP = np.array([0.0, 0.0, 1.0])
 YAWS = np.radians(np.arange(-75, 91, 15))
 GRIP = 0.034  # half of what fits between the fingers, which open 0.08
@@ -42,6 +43,7 @@ class Expert:
         self.things = {**self.world.objects_dict, **self.world.fixtures_dict}
         self.things = {name: thing for name, thing in self.things.items() if hasattr(thing, "contact_geoms")}
         self.shapes = {name: lattice(self.model, thing) for name, thing in self.things.items()}
+        self.geoms = np.unique(np.concatenate([geoms for geoms, _ in self.shapes.values()]))
         self.support = min(self.points(name)[:, 2].min() for name in self.world.objects_dict)
 
     def action(self) -> np.ndarray:
@@ -52,6 +54,10 @@ class Expert:
         self.may_push = True
         self.cloud = {name: self.points(name) for name in self.shapes}
         target, rotation, gripper = self.skill()
+        axis = self.rotation.apply(UP)  # the way that the hand points
+        near = np.concatenate(list(self.cloud.values())) - self.position
+        if axis[2] > -0.85 and np.linalg.norm(self.turn_to(rotation)) > 0.5 and np.linalg.norm(near, axis=1).min() < 0.07:
+            target, rotation = self.position - 0.05 * axis, self.rotation  # first out of the handle that it holds
         motion = np.concatenate([(target - self.position) / 0.05, self.turn_to(rotation) / 0.5])
         motion *= min(1.0, self.speed / np.abs(motion).max())  # as a whole: the path stays straight
         return np.append(motion, gripper)
@@ -84,11 +90,11 @@ class Expert:
         aside = np.linalg.norm(grip[:2] - self.position[:2]) + 0.05 * np.linalg.norm(self.turn_to(rotation))
         above = self.position[2] - grip[2]
         closing = self.opening < CLOSING  # once the fingers move, a small slip no longer opens them
-        reached = aside < (0.02 if closing else 0.008) and abs(above) < (0.02 if closing else 0.01)
+        reached = aside < (0.02 if closing else 0.01) and abs(above) < (0.02 if closing else 0.01)
         self.may_push = above > 0.08
         if reached:
             return grip, rotation, 1.0
-        return self.over(grip, FINGERTIP, aside - 0.005, self.support + self.hover), rotation, -1.0
+        return self.over(grip, FINGERTIP, aside - 0.008, self.support + self.hover), rotation, -1.0
 
     def carry(self, name, region):
         """Up, over what is in the way, down, let go."""
@@ -103,6 +109,42 @@ class Expert:
         target = self.over(place, below, aside - 0.01, 0, ignore=name)
         self.may_push = aside > 0.06 and self.position[2] - below > self.support + 0.05
         return target, pointing(-UP, yaw), -1.0 if let_go else 1.0
+
+    def slide(self, region, wish):
+        """Open: the hand lies along the way that the drawer comes, grips its handle and backs off with it.
+        Close: with closed fingers it pushes the handle, or what stands out most."""
+        handle, way, _ = self.handle(region)  # way: where the handle goes when it is opened
+        offset = self.position - handle
+        ahead = offset @ way
+        aside = np.linalg.norm(offset - ahead * way)
+        if wish == "close":
+            rotation = pointing(-UP - 0.7 * way, np.arctan2(way[1], way[0]))
+            target = handle + (0.1 * np.clip(20 * (aside - 0.03), 0, 1) - 0.05) * way
+            if aside > 0.1 or ahead < -0.02:
+                target = self.over(handle + 0.1 * way, FINGERTIP, aside, 0)
+            return target, rotation, 1.0
+        rotation = pointing(-way)
+        reached = aside < 0.015 and ahead < (0.025 if self.opening < CLOSING else 0.01)
+        self.may_push = ahead > 0.08
+        if reached:
+            pulling = self.opening < 0.03
+            return handle + (0.06 if pulling else 0) * way, rotation, 1.0
+        turn = np.linalg.norm(self.turn_to(rotation))
+        if ahead < 0.03 and aside > 0.05 or aside > 0.1:
+            return self.over(handle + 0.1 * way, FINGERTIP, aside, 0), rotation, -1.0
+        return handle + 0.1 * np.clip(20 * (aside + 0.03 * turn - 0.008), 0, 1) * way, rotation, -1.0
+
+    def turn(self, name):
+        """The knob between the fingers, turned together with the hand."""
+        knob, _, yaw = self.handle(name)
+        rotation = pointing(-UP, yaw)
+        aside = np.linalg.norm(knob[:2] - self.position[:2]) + 0.05 * np.linalg.norm(self.turn_to(rotation))
+        closing = self.opening < CLOSING
+        reached = aside < (0.03 if closing else 0.01) and self.position[2] - knob[2] < 0.012
+        self.may_push = self.position[2] - knob[2] > 0.08
+        if reached:
+            return knob, pointing(-UP, yaw + (0.5 if self.opening < 0.04 else 0)), 1.0
+        return self.over(knob, FINGERTIP, aside - 0.008, self.support + self.hover), rotation, -1.0
 
     def retreat(self):
         """Fingers open, straight up."""
@@ -149,6 +191,31 @@ class Expert:
         under = np.linalg.norm(others[:, :2] - goal, axis=1) < radius
         return goal, others[under, 2].max(initial=self.support)
 
+    def handle(self, name):
+        """Of a drawer, a door or a knob: the middle of its handle, the way that it moves when it is opened or turned
+        on (3,) and the yaw at which the hand grips it from above."""
+        joint = self.model.joint(self.world.object_sites_dict[name].joints[0] if name in self.world.object_sites_dict
+                                 else self.things[name].joints[-1])
+        axis, anchor = self.data.xaxis[joint.id], self.data.xanchor[joint.id]
+        axis = axis if joint.range[1] > -joint.range[0] else -axis  # the larger side of its range is the open one
+        own = np.isin(self.geoms, np.flatnonzero(self.model.geom_bodyid == joint.bodyid[0]))
+        geoms = self.geoms[own]
+        rotation = self.data.geom_xmat[geoms].reshape(-1, 3, 3)
+        half = self.model.geom_aabb[geoms, 3:]
+        centres = self.data.geom_xpos[geoms] + (rotation @ self.model.geom_aabb[geoms, :3, None])[..., 0]
+        if joint.type[0] == 2:  # mjJNT_SLIDE
+            part = np.argmax(centres @ axis)
+            return centres[part], axis, 0.0
+        top = centres[:, 2] + (np.abs(rotation[:, 2]) * half).sum(axis=1)
+        part = np.argmax(top)
+        long = rotation[part][:, np.argmax(half[part] * np.abs(rotation[part][:2]).max(axis=0))]
+        if np.linalg.norm(self.model.geom_aabb[geoms, 3:].max(axis=0)) < 0.1:  # a knob: turned about its middle
+            return np.array([*anchor[:2], top[part] - 0.02]), axis, np.arctan2(long[1], long[0])
+        way = np.cross(axis, centres.mean(axis=0) - anchor)
+        part = np.argmax(centres @ way)
+        way = np.cross(axis, centres[part] - anchor)
+        return centres[part], way / np.linalg.norm(way), 0.0
+
     def holds(self, name) -> bool:
         fingers = self.world.robots[0].gripper.important_geoms
         sides = [fingers["left_finger"], fingers["right_finger"]]
@@ -168,8 +235,9 @@ class Expert:
         return (np.arctan2(x[1], x[0]) + np.pi / 2) % np.pi - np.pi / 2
 
     def turn_to(self, rotation) -> np.ndarray:
-        """(3,) axis-angle, in the world, of the turn that is left."""
-        return (rotation * self.rotation.inv()).as_rotvec()
+        """(3,) axis-angle, in the world, of the turn that is left: the shorter one, half a turn about itself is no turn."""
+        turns = [(rotation * about * self.rotation.inv()).as_rotvec() for about in HALF_TURNS]
+        return min(turns, key=np.linalg.norm)
 
     def grip(self, name):
         """(3,) grip point and yaw: the part of the object that is easiest to grip from above.
@@ -184,9 +252,11 @@ class Expert:
         top = np.append(own[:, 2].max(), np.maximum.reduceat(own[:, 2], first))  # of what the fingers will hold
         centres, yaws, top = np.repeat(centres, len(YAWS), axis=0), np.tile(YAWS, len(centres)), np.repeat(top, len(YAWS))
         cost = np.abs(yaws) + 8 * np.linalg.norm(centres[:, :2] - middle[:2], axis=1)
-        cost = cost + centres[:, :2] @ [0.5, 0.3]  # of two that are alike, always the same one
+        base = self.data.get_body_xpos("robot0_base")[:2]
+        cost = cost + 0.5 * np.linalg.norm(centres[:, :2] - base, axis=1) + 0.1 * centres[:, 1]  # of two alike, one
         if self.opening < CLOSING:  # what the fingers are about to hold
-            cost = cost + 100 * np.linalg.norm(centres[:, :2] - self.position[:2], axis=1)
+            turn = np.abs(np.sin(yaws - self.yaw()))
+            cost = cost + 100 * (np.linalg.norm(centres[:, :2] - self.position[:2], axis=1) + 0.05 * turn)
         u, v, z = in_hand(own, centres, yaws)  # (P, C), (P, C), (P, 1)
         height = np.maximum(np.minimum(centres[:, 2], top - 0.012), self.support + FINGERTIP)
         height = np.maximum(height, palm_height(u, v, z))
