@@ -80,12 +80,13 @@ class Expert:
             return self.slide(region[0], "open")
         if self.moving(name) and np.linalg.norm(self.landing(*open_goals[0][1:])[0] - self.origin(name)[:2]) < 0.05:
             return self.retreat()  # it was let go and falls into place
-        return self.grasp(name)
+        grip, yaw, free = self.grip(name)
+        on_table = region[0] in self.world.object_sites_dict and not self.world.object_sites_dict[region[0]].parent_name
+        return self.push(name, region[0]) if on_table and not free else self.grasp(name, grip, yaw)
 
     # Skills -----------------------------------------------------------------------------------------------------
-    def grasp(self, name):
+    def grasp(self, name, grip, yaw):
         """Above the part to grip, down, close. The height is a funnel: centred and turned, the hand sinks."""
-        grip, yaw = self.grip(name)
         rotation = pointing(-UP, yaw)
         aside = np.linalg.norm(grip[:2] - self.position[:2]) + 0.05 * np.linalg.norm(self.turn_to(rotation))
         above = self.position[2] - grip[2]
@@ -109,6 +110,22 @@ class Expert:
         target = self.over(place, below, aside - 0.01, 0, ignore=name)
         self.may_push = aside > 0.06 and self.position[2] - below > self.support + 0.05
         return target, pointing(-UP, yaw), -1.0 if let_go else 1.0
+
+    def push(self, name, region):
+        """What cannot be gripped (a plate) is pushed, from behind, with closed fingers."""
+        way = self.landing(name, region)[0] - self.origin(name)[:2]
+        way = np.append(way / np.linalg.norm(way), 0)
+        middle = self.origin(name) * [1, 1, 0] + (self.support + FINGERTIP + 0.002) * UP
+        reach = ((middle - self.cloud[name]) @ way).max() + 0.012  # the fingers' half width
+        offset = self.position - middle
+        aside = np.linalg.norm(offset - (offset @ way) * way)
+        behind = middle - (reach + 0.01) * way
+        palm = palm_height(*in_hand(self.neighbours(name), np.repeat(behind[None], len(YAWS), 0), YAWS))
+        rotation = pointing(-UP, YAWS[np.argmin(10 * palm + np.abs(YAWS))])
+        self.may_push = aside > 0.06
+        if offset @ way < -reach + 0.02 and aside < 0.025:
+            return self.position + 0.04 * way - (offset - (offset @ way) * way), rotation, 1.0
+        return self.over(behind, FINGERTIP, np.linalg.norm(behind[:2] - self.position[:2]) - 0.01, 0), rotation, 1.0
 
     def slide(self, region, wish):
         """Open: the hand lies along the way that the drawer comes, grips its handle and backs off with it.
@@ -161,10 +178,11 @@ class Expert:
         way = place[:2] - self.position[:2]
         share = np.clip((points[:, :2] - self.position[:2]) @ way / max(way @ way, 1e-6), 0, 1)
         near = np.linalg.norm(points[:, :2] - self.position[:2] - share[:, None] * way, axis=1) < 0.06
-        travel = max(points[near, 2].max(initial=self.support) + self.clearance + below, least, place[2])
-        height = place[2] + np.clip(6 * aside, 0, travel - place[2])
-        free = np.clip(1 - (height - self.position[2]) / 0.06, 0, 1)  # too low, it first goes up
-        return np.array([*(self.position[:2] + free ** 2 * way), height])
+        passing = points[near, 2].max(initial=self.support) + below
+        height = place[2] + np.clip(6 * aside, 0, max(passing + self.clearance, least, place[2]) - place[2])
+        need = min(passing + 0.01, place[2] + np.linalg.norm(way))
+        free = np.clip(1 - (need - self.position[2]) / 0.04, 0, 1)  # too low, it first goes up
+        return np.array([*(self.position[:2] + free * way), height])
 
     # What the expert measures -----------------------------------------------------------------------------------
     def points(self, name) -> np.ndarray:
@@ -217,9 +235,13 @@ class Expert:
         return centres[part], way / np.linalg.norm(way), 0.0
 
     def holds(self, name) -> bool:
-        fingers = self.world.robots[0].gripper.important_geoms
+        robot, thing = self.world.robots[0], self.things[name]
+        fingers = robot.gripper.important_geoms
         sides = [fingers["left_finger"], fingers["right_finger"]]
-        return self.opening < 0.075 and self.world._check_grasp(sides, self.things[name])
+        if self.opening > CLOSING:
+            return False
+        stopped = np.abs(self.data.qvel[robot._ref_gripper_joint_vel_indexes]).max() < 0.01 and self.opening > 0.003
+        return self.world._check_grasp(sides, thing) or stopped and self.world.check_contact(sum(sides, []), thing)
 
     def moving(self, name) -> bool:
         return np.linalg.norm(self.data.get_body_xvelp(self.things[name].root_body)) > 0.05
@@ -240,7 +262,7 @@ class Expert:
         return min(turns, key=np.linalg.norm)
 
     def grip(self, name):
-        """(3,) grip point and yaw: the part of the object that is easiest to grip from above.
+        """(3,) grip point, yaw, whether it can be gripped there: the part of the object that is easiest to grip from above.
 
         Candidates are the middles of its shapes and its own. Something must be between the fingers, and nothing where the
         open fingers and the palm will be. The cheapest has little yaw and is near the object's middle.
@@ -251,7 +273,7 @@ class Expert:
         centres = np.concatenate([[middle], self.data.geom_xpos[geoms]])
         top = np.append(own[:, 2].max(), np.maximum.reduceat(own[:, 2], first))  # of what the fingers will hold
         centres, yaws, top = np.repeat(centres, len(YAWS), axis=0), np.tile(YAWS, len(centres)), np.repeat(top, len(YAWS))
-        cost = np.abs(yaws) + 8 * np.linalg.norm(centres[:, :2] - middle[:2], axis=1)
+        cost = 0.5 * np.abs(yaws) + 8 * np.linalg.norm(centres[:, :2] - middle[:2], axis=1)
         base = self.data.get_body_xpos("robot0_base")[:2]
         cost = cost + 0.5 * np.linalg.norm(centres[:, :2] - base, axis=1) + 0.1 * centres[:, 1]  # of two alike, one
         if self.opening < CLOSING:  # what the fingers are about to hold
@@ -260,13 +282,16 @@ class Expert:
         u, v, z = in_hand(own, centres, yaws)  # (P, C), (P, C), (P, 1)
         height = np.maximum(np.minimum(centres[:, 2], top - 0.012), self.support + FINGERTIP)
         height = np.maximum(height, palm_height(u, v, z))
+        held = (u < GRIP) & (v < FINGER[1]) & (z > height - FINGERTIP)
+        cost = cost + 40 * np.where(held, u, 0).max(axis=0)  # thin parts: not the bent wall of a bowl, lengthwise
         cost = cost + 100 * blocked(u, v, z, height) + 100 * (height > top - 0.006)
+        cost[:len(YAWS)] += 100 * (np.where(v < 0.03, u, 0)[:, :len(YAWS)].max(axis=0) > GRIP)  # the whole must fit
         best = np.argsort(cost, kind="stable")[:40]
         u, v, z = in_hand(others[np.abs(others[:, :2] - middle[:2]).max(axis=1) < 0.2], centres[best], yaws[best])
         height = np.maximum(height[best], palm_height(u, v, z))
         cost = cost[best] + 100 * blocked(u, v, z, height) + 100 * (height > top[best] - 0.006)
         c = np.argmin(cost)
-        return np.array([*centres[best[c], :2], height[c]]), yaws[best[c]]
+        return np.array([*centres[best[c], :2], height[c]]), yaws[best[c]], cost[c] < 90
 
 
 def in_hand(points, places, yaws):
