@@ -24,7 +24,7 @@ GRIP = 0.034  # half of what fits between the fingers, which open 0.08
 FINGER = np.array([0.06, 0.013])  # an open finger: how far it reaches across, half its width
 FINGER_DEPTH = 0.03  # from the grip point up to the palm
 FINGERTIP = 0.016  # from the grip point down to the tips
-PALM = np.array([0.11, 0.04])  # half its length, in the direction that the fingers open in, and depth
+PALM = np.array([0.105, 0.036])  # half its length, in the direction that the fingers open in, and depth
 CLOSING = 0.072  # fingers less open than this have begun to close
 SPACING = 0.02  # between the points that stand for a collision shape
 
@@ -113,20 +113,16 @@ class Expert:
         return target, pointing(-UP, yaw), -1.0 if let_go else 1.0
 
     def push(self, name, region):
-        """What cannot be gripped (a plate) is pushed, from behind, with closed fingers."""
+        """What cannot be gripped (a plate) is pushed at its rim, from inside, with closed fingers."""
         way = self.landing(name, region)[0] - self.origin(name)[:2]
         way = np.append(way / np.linalg.norm(way), 0)
-        middle = self.origin(name) * [1, 1, 0] + (self.support + FINGERTIP + 0.002) * UP
-        reach = ((middle - self.cloud[name]) @ way).max() + 0.012  # the fingers' half width
-        offset = self.position - middle
-        aside = np.linalg.norm(offset - (offset @ way) * way)
-        behind = middle - (reach + 0.01) * way
-        palm = palm_height(*in_hand(self.neighbours(name), np.repeat(behind[None], len(YAWS), 0), YAWS))
-        rotation = pointing(-UP, YAWS[np.argmin(10 * palm + np.abs(YAWS))])
-        self.may_push = aside > 0.06
-        if offset @ way < -reach + 0.02 and aside < 0.025:
-            return self.position + 0.04 * way - (offset - (offset @ way) * way), rotation, 1.0
-        return self.over(behind, FINGERTIP, np.linalg.norm(behind[:2] - self.position[:2]) - 0.01, 0), rotation, 1.0
+        middle = self.origin(name) * [1, 1, 0] + (self.support + FINGERTIP + 0.008) * UP
+        offset = (self.position - middle) @ way
+        aside = self.position - middle - offset * way
+        self.may_push = aside[2] > 0.06
+        if np.abs(aside[:2]).max() < 0.02 and aside[2] < 0.006 and -0.04 < offset < 0.07:
+            return self.position + 0.06 * way - aside, pointing(-UP), 1.0
+        return self.over(middle, FINGERTIP, np.linalg.norm((middle - self.position)[:2]) - 0.02, 0), pointing(-UP), 1.0
 
     def slide(self, region, wish):
         """Open: the hand lies along the way that the drawer comes, grips its handle and backs off with it.
@@ -301,12 +297,14 @@ class Expert:
         cost = cost + 40 * np.where(held, u, 0).max(axis=0)  # thin parts: not the bent wall of a bowl, lengthwise
         cost = cost + 100 * blocked(u, v, z, height) + 100 * (height > top - 0.006)
         cost[:len(YAWS)] += 100 * (np.where(v < 0.03, u, 0)[:, :len(YAWS)].max(axis=0) > GRIP)  # the whole must fit
-        best = np.argsort(cost, kind="stable")[:40]
+        best = np.argsort(cost, kind="stable")[:100]
         u, v, z = in_hand(others[np.abs(others[:, :2] - middle[:2]).max(axis=1) < 0.2], centres[best], yaws[best])
-        height = np.maximum(height[best], palm_height(u, v, z))
-        cost = cost[best] + 100 * blocked(u, v, z, height) + 100 * (height > top[best] - 0.006)
+        touched = np.maximum(height[best], palm_height(u, v, z)) > top[best] - 0.006  # rather the palm than the fingers
+        under = (u < PALM[0]) & (v < PALM[1]) & (z > height[best] + FINGER_DEPTH)
+        cost = cost[best] + 100 * blocked(u, v, z, height[best]) + 50 * touched + under.sum(axis=0)
         c = np.argmin(cost)
-        return np.array([*centres[best[c], :2], height[c]]), yaws[best[c]], cost[c] < 90
+        height = height[best[c]] if touched[c] else max(height[best[c]], palm_height(u, v, z)[c])
+        return np.array([*centres[best[c], :2], height]), yaws[best[c]], cost[c] < 90
 
 
 def in_hand(points, places, yaws):
