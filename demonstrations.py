@@ -12,7 +12,7 @@ Two things to know about LIBERO's files:
    one more settling step, so that the first frame is in them too.
 2. Pictures are stored as OpenGL leaves them, upside down.
 
-Shapes: T rows of a file, V camera views, H, W image; P points, Y candidate yaws.
+Shapes: T rows of a file, V camera views, H, W image.
 Try it:  python demonstrations.py --suite libero_object --tries 5
 """
 from __future__ import annotations
