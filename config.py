@@ -25,6 +25,7 @@ class ExploreConfig:
     episodes: int = 16  # episodes a task
     held_out: int = 3  # of these, the first ones: nothing is trained on them, they measure simulator and reflector
     temperatures: tuple[float, ...] = (1.0, 2.0, 4.0)  # taken in turn, they multiply the cloned policy's Laplace scale b
+    retries: int = 2  # times that every other episode is taken up again shortly before its fingers first closed
     linger: int = 3  # chunks to go on after the goal is reached, so that there are frames of a task that is done
     mesh_cell: float = 0.006  # m; vertices closer than this are merged in demonstrations and exploration (0: never)
 
@@ -32,8 +33,9 @@ class ExploreConfig:
 @dataclass
 class StartConfig:
     """Where imagined rollouts start in recorded episodes; what the fractions leave over starts at their first frames."""
-    contact: float = 0.5  # fraction that starts one to three chunks before the fingers first close (WoVR's keyframes)
-    midway: float = 0.25  # fraction that starts at any later frame in which the task is not done
+    contact: float = 0.5  # fraction that starts two to four chunks before the fingers first close (WoVR's keyframes)
+    midway: float = 0.1  # fraction that starts at any later frame in which the task is not done
+    hottest: float = 2.0  # only episodes explored at most at this temperature: in hotter ones the hand is often lost
     focus: float = 1.0  # a task's share of the starts grows with its failures in exploration, to this power; 0: all alike
 
 
@@ -59,7 +61,9 @@ class TrainConfig:
     rl_env: Literal["virtual", "libero", "none"] = "virtual"  # where RL happens; none: clone successes instead
     trust_world: bool = False  # start RL even where the held-out episodes say that the imagination is no good
     device: str = "auto"  # "auto" takes the GPU where there is one; or "cpu", "cuda"
-    num_procs: int = 0  # simulator processes; 0: one a core
+    num_procs: int = 0  # simulator processes, shared out among torchrun's; 0: one a core
+    bf16: Literal["auto", "on", "off"] = "auto"  # train, and imagine pictures, in bfloat16; "auto": on a GPU
+    compile: bool = False  # torch.compile the networks: minutes at the start of a stage, faster from then on
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     clone: FitConfig = field(default_factory=lambda: FitConfig(steps=2400, batch_size=32, lr=1e-3))
     explore: ExploreConfig = field(default_factory=ExploreConfig)
@@ -70,7 +74,7 @@ class TrainConfig:
     reflect: FitConfig = field(default_factory=lambda: FitConfig(steps=600, batch_size=32, lr=1e-3, weight_decay=0.1))
     virtual: VirtualEnvConfig = field(default_factory=VirtualEnvConfig)
     start: StartConfig = field(default_factory=StartConfig)
-    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(iterations=16))
+    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(iterations=24))
     check: CheckConfig = field(default_factory=CheckConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
@@ -80,7 +84,7 @@ def tiny() -> TrainConfig:
     fast = dict(warmup=5, save_every=10)
     return TrainConfig(
         preset="tiny", task_ids=(0, 1), num_demos=1, trust_world=True, policy=PolicyConfig.tiny(),
-        clone=FitConfig(steps=60, batch_size=16, **fast), explore=ExploreConfig(episodes=2, held_out=1),
+        clone=FitConfig(steps=60, batch_size=16, **fast), explore=ExploreConfig(episodes=2, held_out=1, retries=1),
         world_model=WorldModelConfig(channels=(16, 32, 32), patch=4), simulate=FitConfig(steps=30, batch_size=8, **fast),
         grasp=FitConfig(steps=20, batch_size=8, **fast),
         reflector=ReflectorConfig(channels=16, width=32), reflect=FitConfig(steps=30, batch_size=8, **fast),
@@ -94,7 +98,11 @@ def stage_settings(config, name) -> dict:
                 "simulate": ("world_model", "simulate", "grasp"), "reflect": ("reflector", "reflect"),
                 "imagine": ("virtual", "start", "ppo", "check", "rl_env"), "evaluate": ("evaluate",)}
     values = asdict(config)
-    return {key: values[key] for key in ("task", "task_ids", "seed", "refresh", *sections[name])}
+    chosen = {key: values[key] for key in ("task", "task_ids", "seed", "refresh", *sections[name])}
+    for value in chosen.values():
+        if isinstance(value, dict):
+            value.pop("accumulate", None)  # memory alone: it may change when a killed run goes on
+    return chosen
 
 
 def parse(arguments: list[str]) -> TrainConfig:

@@ -27,7 +27,7 @@ import numpy as np
 
 from episodes import Episode
 from expert import Expert
-from libero_env import NO_OP, LiberoTask, load_suite, shrink, step_limit
+from libero_env import NO_OP, RENDER_SIZE, LiberoTask, load_suite, shrink, step_limit
 from runs import UserError, clear_errors
 
 PUSH_RATE = 0.06  # probability, at a control step, that a burst of pushes starts
@@ -84,9 +84,9 @@ def step_row(task, action, executed, render) -> dict:
 # -----------------------------------------------------------------------------------------------------------
 # LIBERO's files
 # -----------------------------------------------------------------------------------------------------------
-def collect_demonstrations(suite, task_id, count, seed, folder, mesh_cell=0.0) -> Path:
+def collect_demonstrations(suite, task_id, count, seed, folder, mesh_cell=0.0, image_size=RENDER_SIZE) -> Path:
     """Write `folder`/<task name>_demo.hdf5: `count` demonstrations, from fresh placements, no test states."""
-    task = LiberoTask(suite, task_id, mesh_cell=mesh_cell)
+    task = LiberoTask(suite, task_id, mesh_cell, image_size)
     path = Path(folder) / f"{task.name}_demo.hdf5"
     temporary = path.with_name(path.name + ".writing")
     lengths = []

@@ -14,7 +14,9 @@ import torch
 from runs import UserError
 
 VIEWS = ("agentview", "wrist")
+CLOSING = 0.072  # m: fingers less open than this have begun to close
 MEMORY = 4  # F: frames at 0, 1/3 and 2/3 of the history, and the last one (EnerVerse-AC's sparse memory)
+CLOSING = 0.072  # m: fingers less open than this have begun to close
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,6 +94,7 @@ class Episode:
     instruction: str
     source: str  # "demo" or "explore"
     seed: int
+    temperature: float = 0.0  # of the noise that it was explored with
     executed: np.ndarray | None = None  # (S, 7) what the robot was told where that differs, as under an expert's pushes
 
     def __post_init__(self):
@@ -138,6 +141,12 @@ class StartContext:
     instruction: str
     previous_actions: np.ndarray  # (L, 7): the chunk that led here, zeros at the start of an episode
     task_id: int
+
+
+def first_closing(states) -> int | None:
+    """The first of the frames `states` (T, 8) in which the fingers have begun to close."""
+    closing = np.flatnonzero(states[:, 6] - states[:, 7] < CLOSING)
+    return int(closing[0]) if len(closing) else None
 
 
 def memory_index(last: int | torch.Tensor) -> torch.Tensor:
@@ -192,11 +201,20 @@ class ChunkData:
         self.index = [(k, t) for k, t in self.frames if t < len(self.tracks[k].actions)]  # frames with a successor
 
     def world_batch(self, size, generator, transitions=1024) -> dict:
-        """What the world simulator learns from: `size` next pictures, and many more steps of the hand, which are cheap."""
-        return self.picture_batch(size, generator) | {"transitions": self.transitions(self._draw(transitions, generator))}
+        """What the world simulator learns from: `size` next pictures, and many more steps of the hand, which are cheap.
 
-    def picture_batch(self, size, generator) -> dict:
-        return self.pictures(self._draw(size, generator))
+        "transitions": as of `transitions`, (B, M, ...), M of them beside every picture, some `transitions` in all.
+        """
+        pictures, M = self.pictures(self._draw(size, generator)), max(1, transitions // size)
+        steps = self.transitions(self._draw(size * M, generator))
+        return pictures | {"transitions": [value.unflatten(0, (size, M)) for value in steps]}
+
+    def grasp_batch(self, size, generator) -> dict:
+        """Frames (B, V, 3, H, W) uint8 and what follows them, as `transitions`: for the fingers alone."""
+        picks = self._draw(size, generator)
+        names = ("state", "previous_actions", "actions", "next_state")
+        return dict(zip(names, self.transitions(picks)),
+                    images=_stack([self.tracks[k].images[t] for k, t in picks], self.device))
 
     def _draw(self, count, generator):
         return [self.index[i] for i in torch.randint(len(self.index), (count,), generator=generator)]
@@ -238,6 +256,19 @@ class ChunkData:
         """Start contexts at frame t of track k for every (k, t) in `picks`."""
         return [StartContext(self.tracks[k].images[t], self.tracks[k].states[t], self.episodes[k].instruction,
                              self._previous(self.tracks[k], t), self.episodes[k].task_id) for k, t in picks]
+
+    def start_pools(self) -> dict[tuple[str, int], list]:
+        """Frames to start from, by kind and task: first ones ("opening"), those two to four chunks before the fingers
+        first close ("contact"), and all later ones ("midway"); only where the task is not done and was not."""
+        pools = {}
+        for k, t in self.index:
+            track, task, closing = self.tracks[k], self.episodes[k].task_id, first_closing(self.tracks[k].states)
+            if track.success[:t + 1].any():
+                continue
+            pools.setdefault(("midway" if t else "opening", task), []).append((k, t))
+            if closing is not None and 2 <= closing - t <= 4:
+                pools.setdefault(("contact", task), []).append((k, t))
+        return pools
 
 
 def joined(a, b) -> dict:

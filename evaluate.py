@@ -5,10 +5,11 @@ its goal held at any control step. "Self stop": the reflector ends the episode (
 goal must hold in that very frame. An episode is played until both are known or the limit is reached.
 
 Protocol: 10 settling steps, the benchmark's initial states in their order, the suite's step limit, whole chunks open
-loop, greedy, standard meshes. Success rates come with Wilson 95 % intervals; two policies are compared on the same
-states by McNemar's exact test.
+loop, greedy, standard meshes. The report names it. An episode depends on its initial state and `--seed` alone, to the bit:
+neither on the number of processes nor on what was played before.
 
-    python evaluate.py --checkpoint runs/libero_object --episodes 10        # more episodes than the training run took
+    python evaluate.py --checkpoint runs/libero_object --task libero_object --episodes 50    # the standard protocol
+    python evaluate.py --checkpoint runs/a runs/b --policy post_trained                      # paired; seeds: mean, std
     python evaluate.py --checkpoint runs/libero_object --benchmark          # speeds, nothing else
     python evaluate.py --world runs/libero_object --episodes 10             # how far its imagination can be believed
 
@@ -16,26 +17,29 @@ Shapes: B episodes, T time in chunks, V camera views, L action-chunk length, C, 
 """
 from __future__ import annotations
 
-import json
 import os
 import time
-from dataclasses import dataclass
-from itertools import zip_longest
+import zlib
+from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 import tyro
-from tqdm import tqdm
 
 import report
+from distributed import gather, shard
 from episodes import ChunkData, Episode, load_episodes
 from fidelity import frame_scores, imagine_episodes, measure
-from libero_env import LiberoContext, LiberoVectorEnv, initial_states, load_suite, step_limit
-from policy import Policy
+from intervals import STOPS, over_seeds, summarize
+from libero_env import RENDER_SIZE, SETTLE_STEPS, LiberoContext, LiberoVectorEnv, initial_states, load_suite, step_limit
+from openvla import load_policy
+from playing import play
 from ppo import rollout
 from reflector import Reflector, StopRule
-from runs import UserError, clear_errors, read_json, step_generator, write_json
+from runs import Run, UserError, check_settings, clear_errors, read_json, step_generator, write_json
 from world_model import VirtualEnv, VirtualEnvConfig, WorldModel, world_model_loss
 
 TEST_SEED = 50_000_000  # placements of the episodes that measure a virtual environment: nothing else uses them
@@ -53,70 +57,22 @@ def pick_device(name) -> torch.device:
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
-def load_policies(folder, device) -> dict[str, Policy]:
-    """The policies that a run holds: `cloned`, and `post_trained` if its imagine stage is done."""
+def load_policies(folder, device, which="both") -> dict:
+    """The policies that a run holds: `cloned`, and `post_trained` if its imagine stage is done; or one of the two."""
     stages = {"cloned": Path(folder) / "clone", "post_trained": Path(folder) / "imagine"}
-    found = {name: Policy.from_pretrained(path).to(device).eval() for name, path in stages.items() if path.is_dir()}
+    found = {name: load_policy(path, device).eval() for name, path in stages.items() if path.is_dir()
+             and which in (name, "both")}
     if not found:
-        raise UserError(f"{folder} holds no trained policy (clone/): run train.py first, or give another --checkpoint")
+        raise UserError(f"{folder} holds no {'trained' if which == 'both' else which} policy: run train.py first, or give "
+                        "another --checkpoint")
     return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# True episodes
+# True LIBERO, the protocol
 # ---------------------------------------------------------------------------------------------------------------------
-def play(policy, env: LiberoVectorEnv, contexts, folder, source, seed, temperatures=None) -> list[dict]:
-    """Play every context once in the true simulator; one `.npz` and one line of `episodes.jsonl` an episode.
-
-    temperatures: one for each context, multiplying the policy's scale b; None plays greedily.
-
-    Finished episodes are kept and not played again. Tasks are played num_envs at a time, one a process, because a
-    simulator takes seconds to build. Returns all lines, in the order of `contexts`.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "episodes.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    lines = {line["file"]: line for line in lines}
-    files = [f"task{context.task_id:02d}_seed{context.seed:06d}.npz" for context in contexts]
-    todo = [episode for episode in zip(files, contexts, temperatures or [1.0] * len(contexts)) if episode[0] not in lines]
-    tasks = sorted({context.task_id for _, context, _ in todo})
-    with tqdm(total=len(contexts), initial=len(contexts) - len(todo), desc=folder.name.removesuffix(".tmp"),
-              unit="episode") as bar:
-        for first in range(0, len(tasks), env.num_envs):
-            queues = [[episode for episode in todo if episode[1].task_id == task]
-                      for task in tasks[first:first + env.num_envs]]
-            batch = [episode for row in zip_longest(*queues) for episode in row if episode]
-            _, starts, heat = zip(*batch)
-            played = rollout(policy, env, starts, temperatures is None, heat, step_generator(seed, tasks[first]),
-                             progress=bar.update)
-            for row, (file, context, _) in enumerate(batch):
-                lines[file] = save_episode(played, row, folder / file, context, source, env)
-                with open(path, "a") as log:
-                    log.write(json.dumps(lines[file]) + "\n")
-    return [lines[file] for file in files]
-
-
-def save_episode(played, row, path, context, source, env) -> dict:
-    """Write one row of a rollout as an `Episode`; return its line of `episodes.jsonl`."""
-    T = int(played.valid[row].sum())
-    success = played.success[row, :T].cpu().numpy()
-    score = played.score[row, :T].cpu().numpy()
-    whole = min(T, env.max_steps // env.chunk_size)  # a last chunk that the step limit cut short is not kept
-    Episode(images=played.images[row, :whole + 1].cpu().numpy(), states=played.states[row, :whole + 1].cpu().numpy(),
-            actions=played.env_actions[row, :whole].flatten(0, 1).cpu().numpy(),
-            success=np.concatenate([[False], success[:whole]]), stride=env.chunk_size, task_id=context.task_id,
-            instruction=played.instruction[row], source=source, seed=context.seed).save(path)
-    stops = np.flatnonzero(env.rule.stops(score)) if env.rule else []
-    stop = int(stops[0]) if len(stops) else T - 1
-    return {"file": path.name, "task_id": context.task_id, "seed": context.seed, "chunks": T,
-            "oracle_stop": bool(played.reward[row] > 0), "self_stop": bool(success[stop]),
-            "stopped_at": stop + 1 if len(stops) else None,
-            "score": [None if np.isnan(value) else round(float(value), 3) for value in score]}
-
-
 def evaluate_policies(policies, reflector, suite, task_ids, episodes, folder, image_size, chunk_size, num_procs, rule,
-                      device) -> dict[str, list[dict]]:
+                      device, stop="both", sample=False, seed=0) -> dict[str, list[dict]]:
     """Every policy on the same benchmark states. -> {policy: lines of `play`}."""
     contexts = []
     for task in task_ids:
@@ -124,34 +80,71 @@ def evaluate_policies(policies, reflector, suite, task_ids, episodes, folder, im
         if episodes > len(states):
             raise UserError(f"{suite} has {len(states)} initial states a task: --episodes must not be above that")
         contexts += [LiberoContext(task, seed=i, init_state=states[i]) for i in range(episodes)]
-    env = LiberoVectorEnv(suite, num_procs, image_size, chunk_size, stop="both", reflector=reflector, rule=rule,
-                          device=device)
+    env = None
     try:
-        return {name: play(policy, env, contexts, Path(folder) / name, "evaluate", seed=0)
-                for name, policy in policies.items()}
+        lines = {}
+        for name, policy in policies.items():
+            settings = {"task": suite, "stop": stop, "sample": sample, "seed": seed if sample else None,
+                        "rule": None if stop == "oracle" else asdict(rule), "weights": fingerprint(policy),
+                        "reflector": None if stop == "oracle" else fingerprint(reflector), "versions": versions()}
+            check_settings(Path(folder) / name, settings)
+            write_json(Path(folder) / name / "settings.json", settings)
+            env = env or LiberoVectorEnv(suite, num_procs, image_size, chunk_size, stop=stop, device=device,
+                                         reflector=None if stop == "oracle" else reflector,
+                                         rule=None if stop == "oracle" else rule)
+            lines[name] = play(policy, env, contexts, Path(folder) / name, "evaluate", seed,
+                               [1.0] * len(contexts) if sample else None)
+        return lines
     finally:
-        env.close()
+        if env:
+            env.close()
 
 
-def compare(lines: dict[str, list[dict]]) -> dict:
-    """Success rates with intervals, and the paired comparison of the first two policies."""
-    results = {"policies": {}, "paired": {}}
-    for stop in ("oracle_stop", "self_stop"):
-        success = {name: np.array([line[stop] for line in rows]) for name, rows in lines.items()}
-        for name, values in success.items():
-            results["policies"].setdefault(name, {})[stop] = proportion(values)
-        if {"cloned", "post_trained"} <= success.keys():
-            before, after = success["cloned"], success["post_trained"]
-            difference, interval = report.paired_difference(before, after)
-            results["paired"][stop] = {"difference": difference, "ci95": list(interval),
-                                       "mcnemar_p": report.mcnemar_exact(before, after)}
-    return results
+def fingerprint(module) -> str:
+    """Tells weights apart."""
+    value = 0
+    for tensor in module.state_dict().values():
+        value = zlib.crc32(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy(), value)
+    return f"{value:08x}"
 
 
-def proportion(values) -> dict:
-    successes, episodes = int(np.sum(values)), len(values)
-    return {"successes": successes, "episodes": episodes, "rate": successes / episodes,
-            "ci95": list(report.wilson_interval(successes, episodes))}
+def versions() -> dict[str, str]:
+    """Of what the true simulator is made of."""
+    benchmark = metadata.packages_distributions().get("libero", [])[:1]  # none where it is not an installed package
+    return {name: metadata.version(name) for name in ("mujoco", "robosuite", *benchmark)}
+
+
+def protocol(arguments, suite, task_ids, sizes, rule) -> dict:
+    """What the report says of how the episodes were played."""
+    ends = {"oracle": "at the first chunk in which the goal was reached", "self": "when the reflector stops",
+            "both": "when the goal was reached and the reflector has stopped"}
+    return {"suite": suite, "tasks": len(task_ids), "episodes a task": arguments.episodes,
+            "initial states": f"the benchmark's first {arguments.episodes}, in order", "settling steps": SETTLE_STEPS,
+            "step limit": step_limit(suite), "actions": f"chunks of {sizes.chunk_size} control steps, whole, open loop, "
+            + (f"sampled (seed {arguments.seed})" if arguments.sample else "greedy"),
+            "pictures": f"{sizes.image_size} pixels, drawn with {max(RENDER_SIZE, sizes.image_size)}; standard meshes",
+            "an episode ends": f"{ends[arguments.stop]}, or at the step limit",
+            "the reflector": "is not asked" if arguments.stop == "oracle" else
+            f"stops at {rule.confirm} frames in a row above {rule.eta}",
+            "versions": ", ".join(f"{name} {version}" for name, version in versions().items())}
+
+
+def eval_info(rows, suite, stop, videos) -> dict:
+    """The results of one policy under LeRobot's names (`eval_info.json`); videos: {task: paths}."""
+    key, seconds = STOPS[stop][0], sum(line["seconds"] for line in rows)
+
+    def metrics(lines):
+        done = [line[key] for line in lines]
+        return {"avg_sum_reward": float(np.mean(done)), "avg_max_reward": float(np.mean(done)),
+                "pc_success": 100 * float(np.mean(done)), "n_episodes": len(done)}
+    paths = [path for task in videos.values() for path in task]
+    tasks = {line["task_id"]: [other for other in rows if other["task_id"] == line["task_id"]] for line in rows}
+    return {"per_task": [{"task_group": suite, "task_id": task, "metrics": {
+                "sum_rewards": [float(line[key]) for line in lines], "max_rewards": [float(line[key]) for line in lines],
+                "successes": [line[key] for line in lines], "seeds": [line["seed"] for line in lines],
+                "video_paths": videos.get(task, [])}} for task, lines in tasks.items()],
+            "per_group": {suite: metrics(rows) | {"video_paths": paths}},
+            "overall": metrics(rows) | {"eval_s": seconds, "eval_ep_s": seconds / len(rows), "video_paths": paths}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -159,19 +152,24 @@ def proportion(values) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 def imagined_success(policy, world, reflector, starts, horizon, rule) -> np.ndarray:
     """(B,) bool: does the reflector stop the greedy, imagined rollout from each `StartContext` within `horizon`?"""
-    env = VirtualEnv(world, reflector, VirtualEnvConfig(horizon=horizon, stop=rule, shared_noise=False), len(starts))
-    return rollout(policy, env, starts, greedy=True).terminated.cpu().numpy()
+    mine, stopped = shard(range(len(starts))), np.zeros(0, bool)
+    if mine:
+        env = VirtualEnv(world, reflector, VirtualEnvConfig(horizon=horizon, stop=rule, shared_noise=False), len(mine),
+                         first=mine[0], total=len(starts))
+        stopped = rollout(policy, env, [starts[i] for i in mine], greedy=True).terminated.cpu().numpy()
+    return np.concatenate(gather(stopped))
 
 
 def film(world, reflector, episode, path, title):
-    """A GIF and a PNG strip of a true episode above its imagination."""
-    chunk_size = world.config.chunk_size
-    (imagined,), (imagined_scores,) = imagine_episodes(world, reflector, [episode])
-    (scores,) = frame_scores(reflector, [episode], chunk_size)
-    frames = [np.moveaxis(images, 2, -1) for images in (episode.chunks(chunk_size).images, imagined.images)]
-    all_scores = scores, np.concatenate([scores[:1], imagined_scores])  # frames: (T+1, V, H, W, 3)
-    report.film_strip(path.with_suffix(".gif"), *frames, *all_scores, title, bool(episode.success.any()))
-    report.contact_sheet(path.with_suffix(".png"), *frames, *all_scores, title, bool(episode.success.any()))
+    """A GIF and a PNG strip of a true episode above its imagination (world None: the true one alone)."""
+    data = episode.chunks(episode.stride)
+    frames = [np.moveaxis(data.images, 2, -1), None]  # (T+1, V, H, W, 3)
+    scores = [frame_scores(reflector, [episode], episode.stride)[0] if reflector else np.full(len(frames[0]), np.nan), None]
+    if world is not None:
+        (imagined,), (imagined_scores,) = imagine_episodes(world, reflector, [episode])
+        frames[1], scores[1] = np.moveaxis(imagined.images, 2, -1), np.concatenate([scores[0][:1], imagined_scores])
+    report.film_strip(path.with_suffix(".gif"), *frames, *scores, title, bool(episode.success.any()))
+    report.contact_sheet(path.with_suffix(".png"), *frames, *scores, title, bool(episode.success.any()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -244,15 +242,20 @@ def measure_world(arguments, run, trained, suite, task_ids, policy, world, refle
 # ---------------------------------------------------------------------------------------------------------------------
 @dataclass
 class Arguments:
-    """Evaluate the policies of a run on true LIBERO, or (--world) how far its imagination can be believed."""
-    checkpoint: str = ""  # the run folder that train.py made: evaluate its policies
+    """Evaluate the policies of runs on true LIBERO, or (--world) how far a run's imagination can be believed."""
+    checkpoint: tuple[str, ...] = ()  # run folders that train.py made; two are compared pairwise, several are seeds
     world: str = ""  # the run folder that train.py made: measure its virtual environment, and nothing else
-    task: str = ""  # suite to evaluate on; empty: the one it was trained on
-    task_ids: tuple[int, ...] = ()  # tasks of the suite; empty: those it was trained on
+    task: str = ""  # suite to evaluate on, any that the benchmark knows; empty: the one it was trained on
+    task_ids: tuple[int, ...] = ()  # tasks of the suite; empty: those it was trained on, or all of another suite
+    policy: Literal["cloned", "post_trained", "both"] = "both"  # which policies of a run
     episodes: int = 5  # episodes a task and policy (50 at most); with --world: test episodes a task
+    stop: Literal["oracle", "self", "both"] = "both"  # what ends an episode: goal, reflector; both: one set tells either
+    sample: bool = False  # draw actions from the policy's distribution instead of taking its mode
+    seed: int = 0  # of the noise of --sample; nothing else is random
+    videos: int = 0  # filmed episodes a task and policy
     temperatures: tuple[float, ...] = (1.0, 4.0)  # with --world: noise of the test episodes, taken in turn
     num_procs: int = 0  # simulator processes; 0: one a core
-    output_dir: str = ""  # where results go; empty: <run>/eval_<suite>_<episodes>, or <run>/world_<episodes>
+    output_dir: str = ""  # where results go; empty: <run>/eval_<suite>, or <run>/world_<episodes>
     device: str = "auto"  # "auto", "cpu", "cuda"
     benchmark: bool = False  # print speeds and do nothing else
 
@@ -260,34 +263,94 @@ class Arguments:
 def main(arguments: Arguments):
     if bool(arguments.checkpoint) == bool(arguments.world):
         raise UserError("give the run folder that train.py made, as --checkpoint RUN or as --world RUN")
-    run, device = Path(arguments.checkpoint or arguments.world), pick_device(arguments.device)
-    trained = read_json(run / "config.json")
-    suite = arguments.task or trained["task"]
-    load_suite(suite)
-    task_ids = list(arguments.task_ids or (trained["task_ids"] if suite == trained["task"] else range(10)))
-    policies, num_procs = load_policies(run, device), arguments.num_procs or os.cpu_count() or 1
-    reflector = Reflector.from_pretrained(run / "reflect").to(device).eval()
-    sizes, rule = next(iter(policies.values())).config, StopRule(**trained["virtual"]["stop"])
-    if arguments.benchmark or arguments.world:
-        world = WorldModel.from_pretrained(run / "simulate").to(device).eval()
+    if arguments.episodes < 1 or arguments.videos < 0 or arguments.num_procs < 0:
+        raise UserError("--episodes must be 1 or more, --videos and --num_procs 0 or more")
+    runs, device = [Path(run) for run in arguments.checkpoint or [arguments.world]], pick_device(arguments.device)
+    trained = [read_json(run / "config.json") for run in runs]
+    suite = arguments.task or trained[0]["task"]
+    count = load_suite(suite).n_tasks
+    task_ids = list(arguments.task_ids or (trained[0]["task_ids"] if suite == trained[0]["task"] else range(count)))
+    if not task_ids:
+        raise UserError(f"{suite} has no tasks in the installed benchmark: choose another --task")
+    for task in task_ids:
+        if not 0 <= task < count:
+            raise UserError(f"{suite} has no task {task}: --task_ids takes numbers from 0 to {count - 1}")
+    num_procs = arguments.num_procs or os.cpu_count() or 1
+    if not (arguments.benchmark or arguments.world):
+        return evaluate_runs(arguments, runs, trained, suite, task_ids, num_procs, device)
+    if len(runs) > 1:
+        raise UserError("--benchmark takes one --checkpoint")
+    (run,), (trained,), policies = runs, trained, load_policies(runs[0], device)
+    world, reflector = (kind.from_pretrained(run / stage).to(device).eval()
+                        for kind, stage in ((WorldModel, "simulate"), (Reflector, "reflect")))
     if arguments.benchmark:
         speeds = benchmark(policies, world, reflector, suite, task_ids[0], load_episodes(run / "explore")[:4],
-                           sizes.image_size, num_procs, device)
+                           policies["cloned"].config.image_size, num_procs, device)
         print("\n".join(f"{name:45s} {value:10.2f}" for name, value in speeds.items()))
-        return
-    if arguments.world:
-        measure_world(arguments, run, trained, suite, task_ids, policies["cloned"], world, reflector, rule, num_procs,
-                      device)
-        return
-    folder = Path(arguments.output_dir or run / f"eval_{suite}_{arguments.episodes}")
-    start = time.time()
-    lines = evaluate_policies(policies, reflector, suite, task_ids, arguments.episodes, folder, sizes.image_size,
-                              sizes.chunk_size, num_procs, rule, device)
-    seconds, count = time.time() - start, sum(map(len, lines.values()))
-    results = {"task": suite, "preset": trained["preset"], "seed": trained["seed"]} | compare(lines) | {
-        "stages": {"evaluate": seconds}, "eval_s": seconds, "eval_ep_s": seconds / count}
-    write_json(folder / "results.json", results)
-    print(report.results_table(results))
+    else:
+        measure_world(arguments, run, trained, suite, task_ids, policies["cloned"], world, reflector,
+                      StopRule(**trained["virtual"]["stop"]), num_procs, device)
+
+
+def evaluate_runs(arguments, runs, trained, suite, task_ids, num_procs, device):
+    """Play, summarise, write results.json, report.md and one eval_info.json a policy."""
+    names = [run.resolve().name for run in runs]
+    names = [name if names.count(name) == 1 else f"{run.resolve().parent.name}_{name}" for run, name in zip(runs, names)]
+    if len(set(names)) < len(names):
+        raise UserError("the folders after --checkpoint need different names")
+    base = "_".join([f"eval_{suite}", *[arguments.stop] * (arguments.stop != "both"), *["sampled"] * arguments.sample])
+    default = runs[0] / base if len(runs) == 1 else runs[0].parent / f"{base}_{'_'.join(names)}"
+    output = Path(arguments.output_dir or default)
+    lines, locks = {}, [Run(output)]
+    for run, name, config in zip(runs, names, trained):
+        policies = load_policies(run, device, arguments.policy)
+        reflector = None
+        if arguments.stop != "oracle":
+            reflector = Reflector.from_pretrained(run / "reflect").to(device).eval()
+        sizes, rule = next(iter(policies.values())).config, StopRule(**config["virtual"]["stop"])
+        folder = output if len(runs) == 1 else output / name if arguments.output_dir else run / base
+        locks += [Run(folder)] if folder != output else []
+        lines[name] = evaluate_policies(policies, reflector, suite, task_ids, arguments.episodes, folder, sizes.image_size,
+                                        sizes.chunk_size, num_procs, rule, device, arguments.stop, arguments.sample,
+                                        arguments.seed)
+        world = None
+        if arguments.videos and reflector and suite == config["task"] and (run / "simulate").is_dir():
+            world = WorldModel.from_pretrained(run / "simulate").to(device).eval()
+        for policy, rows in lines[name].items():
+            videos = film_some(rows, folder / policy, arguments.videos, world, reflector)
+            write_json(folder / policy / "eval_info.json", eval_info(rows, suite, arguments.stop, videos))
+    flat, pairs = lines[names[0]], None
+    if len(runs) > 1:  # the policies of a run against each other; with two runs also each against its namesake
+        flat = {f"{name}/{policy}": rows for name in names for policy, rows in lines[name].items()}
+        pairs = [(f"{name}/cloned", f"{name}/post_trained") for name in names if len(lines[name]) == 2]
+        if len(runs) == 2:
+            pairs += [tuple(f"{name}/{policy}" for name in names) for policy in lines[names[0]] if policy in lines[names[1]]]
+    seconds = sum(line["seconds"] for rows in flat.values() for line in rows)
+    results = {"task": suite, "preset": ", ".join(sorted({config["preset"] for config in trained})),
+               "seed": ", ".join(str(config["seed"]) for config in trained),
+               "protocol": protocol(arguments, suite, task_ids, sizes, rule),
+               "instructions": {str(task): load_suite(suite).get_task(task).language for task in task_ids},
+               **summarize(flat, rule, arguments.stop, pairs)}
+    if len(runs) > 1:
+        results["over_seeds"] = over_seeds(lines, arguments.stop)
+    results |= {"stages": {"evaluate": seconds}, "eval_s": seconds, "eval_ep_s": seconds / sum(map(len, flat.values()))}
+    write_json(output / "results.json", results)
+    text = report.results_table(results)
+    (output / "report.md").write_text(text)
+    print(text + f"\nWritten to {output}: report.md, results.json; beside the episodes: eval_info.json")
+
+
+def film_some(rows, folder, count, world, reflector) -> dict[int, list[str]]:
+    """Film the first `count` episodes of every task; -> {task: paths}."""
+    videos = {}
+    for line in rows:
+        if line["seed"] < count:
+            (folder / "videos").mkdir(exist_ok=True)
+            path = folder / "videos" / f"task{line['task_id']:02d}_{line['seed']}"
+            episode = Episode.load(folder / line["file"])
+            film(world, reflector, episode, path, episode.instruction)
+            videos.setdefault(line["task_id"], []).append(str(path.with_suffix(".gif")))
+    return videos
 
 
 if __name__ == "__main__":

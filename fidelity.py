@@ -28,6 +28,7 @@ from tqdm import tqdm
 import report
 from episodes import ChunkData, Episode
 from geometry import camera_pose, project, turn_between
+from intervals import wilson_interval
 from reflector import Reflector, StopRule, reflector_metrics
 from runs import UserError
 from world_model import VirtualEnv, VirtualEnvConfig, WorldModel
@@ -206,7 +207,7 @@ def outcome_agreement(scores, episodes, rule) -> dict:
               "false_success": (int((verdict & ~truth).sum()), int((~truth).sum())),
               "missed_success": (int((~verdict & truth).sum()), int(truth.sum()))}
     return {name: {"count": part, "of": whole, "rate": part / whole if whole else None,
-                   "ci95": list(report.wilson_interval(part, whole))} for name, (part, whole) in counts.items()}
+                   "ci95": list(wilson_interval(part, whole))} for name, (part, whole) in counts.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,25 +12,24 @@ Shapes: B slots, V camera views, L action-chunk length, C, H, W image.
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import multiprocessing
 import os
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 
 import gymnasium
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from geometry import Camera, Cameras
-from runs import UserError
+from runs import UserError, single_threaded_children
 
 os.environ.setdefault("MUJOCO_GL", "egl")  # both must be set before the first import of mujoco; a user's value stays
 os.environ.setdefault("LP_NUM_THREADS", "1")  # Mesa gains nothing from a second thread; the other core has its own process
 
 CAMERAS = ("agentview", "robot0_eye_in_hand")
-RENDER_SIZE = 128  # pixels; frames are averaged down to the size a model wants
+RENDER_SIZE = 128  # pixels; frames are averaged down to the size a model wants, or drawn as large as it wants
 NO_OP = np.array([0, 0, 0, 0, 0, 0, -1], np.float32)
 SETTLE_STEPS = 10
 STEP_LIMITS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
@@ -45,9 +44,8 @@ def load_suite(name):
         try:
             from libero.libero import benchmark
         except (ImportError, AttributeError, OSError) as error:
-            raise UserError(f"LIBERO cannot be imported ({error}): pip install -r requirements.txt; MUJOCO_GL="
-                            f"{os.environ['MUJOCO_GL']} needs the GL libraries: apt-get install libegl1 libegl-mesa0 "
-                            "libgl1") from None
+            raise UserError(f"LIBERO cannot be imported ({error}): pip install -r requirements.txt; for MUJOCO_GL="
+                            f"{os.environ['MUJOCO_GL']}: apt-get install libegl1 libegl-mesa0 libgl1") from None
         suites = benchmark.get_benchmark_dict()
         if name not in suites:
             known = ", ".join(sorted(suite for suite in suites if suite in STEP_LIMITS))
@@ -63,8 +61,11 @@ def step_limit(suite) -> int:
 
 def initial_states(suite, task_id) -> np.ndarray:
     """The benchmark's 50 initial states (50, D) of a task. They are the test set: for evaluation alone."""
-    with _quiet():
-        return np.asarray(load_suite(suite).get_task_init_states(task_id))
+    try:
+        with _quiet():
+            return np.asarray(load_suite(suite).get_task_init_states(task_id))
+    except FileNotFoundError:  # the benchmark's package knows some variants by name alone
+        raise UserError(f"the installed benchmark has no initial states for {suite}: choose another --task") from None
 
 
 @contextlib.contextmanager
@@ -81,13 +82,15 @@ class LiberoTask:
     """One LIBERO task in this process, without robosuite's observables and renderer (neither changes the physics).
 
     mesh_cell: edge (m) of the cells in which vertices of drawn meshes are merged; 0 draws the standard meshes.
+    image_size: of the pictures that will be wanted; what is drawn is at least as large.
     """
 
-    def __init__(self, suite, task_id, mesh_cell=0.0):
+    def __init__(self, suite, task_id, mesh_cell=0.0, image_size=RENDER_SIZE):
         benchmark = load_suite(suite)
         if not 0 <= task_id < benchmark.n_tasks:
             raise UserError(f"{suite} has no task {task_id}: its tasks are 0 to {benchmark.n_tasks - 1}")
         self.suite, self.task_id, self.mesh_cell = suite, task_id, mesh_cell
+        self.render_size = max(RENDER_SIZE, image_size)
         self.name, self.instruction = benchmark.get_task(task_id).name, benchmark.get_task(task_id).language
         with _quiet():
             from libero.libero.envs.env_wrapper import ControlEnv
@@ -96,17 +99,22 @@ class LiberoTask:
         self.env.env.hard_reset = False  # a soft reset gives the same trajectory 100 times faster
         self.env.env._update_observables = lambda force=False: None  # 25 updates a control step that nobody reads
         self.env.env._get_observations = lambda force_update=False: {}
+        self._substeps = int(self.env.env.control_timestep / self.env.env.model_timestep)
         self._renderer = None
 
-    def reset(self, seed=None, init_state=None):
-        """Start an episode: from `init_state` (D,), or from placements drawn with `seed` as the benchmark's were."""
-        seed = seed if init_state is None else 0  # states leave out where the fixtures stand: the same place every time
+    def reset(self, seed=0, init_state=None):
+        """Start an episode: from `init_state` (D,), or from placements drawn with `seed` as the benchmark's were.
+
+        No state holds where fixtures stand (stove, cabinet: they move by a few mm), so every reset draws that from `seed`.
+        """
         if init_state is None:
             self._soft_reset(seed, joint_noise=0.02)
             init_state = self.env.get_sim_state()
         # A reset must come before the state is set: it gives the controller its goal. With another goal the hand turns
         # by up to 20 degrees while it settles.
         self._soft_reset(seed, joint_noise=0.0)
+        if len(init_state) != len(self.env.get_sim_state()):
+            raise UserError(f"the installed benchmark's initial states do not fit its task {self.task_id} of {self.suite}")
         self.env.set_init_state(init_state)
         for _ in range(SETTLE_STEPS):
             self.step(NO_OP)
@@ -123,8 +131,23 @@ class LiberoTask:
             self.env.reset()
 
     def step(self, action) -> bool:
-        """One control step (50 ms) with action (7,); True while the task's goal holds."""
-        self.env.step(np.clip(action, -1, 1))
+        """One control step (50 ms) with action (7,); True while the task's goal holds.
+
+        robosuite's `step` to the bit, in half its time: it computes the whole dynamics three times a physics step and asks
+        for success three times a control step. What depends on position and velocity alone is enough for the controller.
+        """
+        import mujoco
+        sim, robot, action = self.env.sim, self.env.robots[0], np.clip(action, -1, 1)
+        model, data = sim.model._model, sim.data._data
+        sim.forward = lambda: None  # the controller asks for what mj_step1 has just computed
+        for substep in range(self._substeps):
+            mujoco.mj_step1(model, data)
+            if substep == 0:
+                robot.controller.set_goal(action[:6])
+            robot.control(action)
+            mujoco.mj_step2(model, data)
+        del sim.forward
+        self.env._post_process()
         return bool(self.env.check_success())
 
     def state(self) -> np.ndarray:
@@ -138,14 +161,30 @@ class LiberoTask:
         return np.concatenate([data.site_xpos[robot.eef_site_id], axis_angle, fingers]).astype(np.float32)
 
     def render(self) -> np.ndarray:
-        """(V, H, W, 3) uint8 of both views, upright, RENDER_SIZE pixels."""
+        """(V, H, W, 3) uint8 of both views, upright, `render_size` pixels."""
         if self._renderer is None:
             self._renderer = self._make_renderer()
         frames = []
         for camera in CAMERAS:
-            self._renderer.update_scene(self.env.sim.data._data, camera, self._scene_option)
+            with self._unseen_hidden(camera):
+                self._renderer.update_scene(self.env.sim.data._data, camera, self._scene_option)
             frames.append(self._renderer.render())
         return np.stack(frames)
+
+    @contextlib.contextmanager
+    def _unseen_hidden(self, camera):
+        """Draw only what the camera can see; all, where a light casts shadows or a box or plane in view mirrors."""
+        model, data = self.env.sim.model._model, self.env.sim.data._data
+        number, groups = model.camera(camera).id, model.geom_group.copy()
+        x, y, z = ((data.geom_xpos - data.cam_xpos[number]) @ data.cam_xmat[number].reshape(3, 3)).T  # it looks along -z
+        half = np.radians(model.cam_fovy[number]) / 2
+        outside = np.maximum(np.maximum(np.abs(x), np.abs(y)) * np.cos(half) + z * np.sin(half), z)  # m, geoms' centres
+        unseen = (groups == 1) & (model.geom_rbound > 0) & (outside > model.geom_rbound)
+        mirrors = np.isin(model.geom_type, (0, 6)) & (model.geom_matid >= 0) & (model.mat_reflectance[model.geom_matid] > 0)
+        if not model.light_castshadow.any() and not (mirrors & (groups == 1) & ~unseen).any():
+            model.geom_group[unseen] = 3  # a group that is not drawn
+        yield
+        model.geom_group[:] = groups
 
     def _make_renderer(self):
         try:
@@ -154,7 +193,7 @@ class LiberoTask:
             self._scene_option.geomgroup[0] = 0  # collision shapes
             if self.mesh_cell:
                 merge_vertices(self.env.sim.model._model, self.mesh_cell)
-            return mujoco.Renderer(self.env.sim.model._model, RENDER_SIZE, RENDER_SIZE)
+            return mujoco.Renderer(self.env.sim.model._model, self.render_size, self.render_size)
         except (ImportError, AttributeError, RuntimeError) as error:
             raise UserError(f"no picture can be drawn with MUJOCO_GL={os.environ['MUJOCO_GL']} ({error}): apt-get "
                             "install libegl1 libegl-mesa0 libgl1, or set MUJOCO_GL=osmesa (libosmesa6)") from None
@@ -217,6 +256,9 @@ class LiberoContext:
     task_id: int
     seed: int = 0
     init_state: np.ndarray | None = None  # (D,)
+    prefix: np.ndarray | None = None  # (S, 7) actions that lead to the first frame: an episode taken up again
+    max_steps: int | None = None  # control steps after which it is cut off; None: the environment's
+    take: int = 0  # tells episodes of one task and seed apart
 
 
 class LiberoVectorEnv(gymnasium.vector.VectorEnv):
@@ -227,15 +269,15 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
     info: success (B,) the goal holds in this frame, success_once (B,) it held at some control step so far,
           score (B,) the reflector's P(done) for this frame, NaN without a reflector.
     stop: what ends an episode before the step limit.  "oracle": the goal was reached, `linger` chunks ago.
-          "both": the goal was reached at some time AND the reflector has stopped (`rule`: StopRule), so that one episode
-          tells what either stop would have given (evaluation). The reward is 1 where success_once at the end.
+          "self": the reflector has stopped (`rule`: StopRule).  "both": both, so that one episode tells what either stop
+          would have given. The reward is 1 where success_once at the end; with "self", where the goal holds at the end.
     """
     metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.DISABLED}
 
     def __init__(self, suite, num_envs, image_size=64, chunk_size=8, max_steps=None, stop="oracle", linger=0,
                  mesh_cell=0.0, reflector=None, rule=None, device="cpu"):
-        if stop == "both" and (reflector is None or rule is None):
-            raise ValueError("stop='both' needs a reflector and its rule")
+        if stop != "oracle" and (reflector is None or rule is None):
+            raise ValueError(f"stop='{stop}' needs a reflector and its rule")
         self.suite, self.num_envs, self.device = suite, num_envs, torch.device(device)
         self.chunk_size, self.max_steps = chunk_size, max_steps or step_limit(suite)
         self.stop, self.linger, self.reflector, self.rule = stop, linger, reflector, rule
@@ -263,11 +305,12 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
         chosen = [i for i in range(self.num_envs) if mask is None or mask[i]]
         for i in chosen:
             context = contexts[i]
-            self._pipes[i].send(("reset", context.task_id, context.seed, context.init_state))
+            self._pipes[i].send(("reset", context.task_id, context.seed, context.init_state, context.prefix))
         for i in chosen:
             images, state, instruction = self._receive(i)
             self._slots[i] = {"first": images, "previous": images, "images": images, "state": state, "steps": 0,
-                              "instruction": instruction, "once": False, "since": 0, "scores": [], "over": False}
+                              "max_steps": contexts[i].max_steps or self.max_steps, "instruction": instruction,
+                              "once": False, "since": 0, "scores": [], "over": False, "reached": None}
         return self._observe(), self._info()
 
     def step(self, actions):
@@ -275,11 +318,13 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
         actions = actions.float().cpu().numpy()
         playing = [i for i, slot in enumerate(self._slots) if slot and not slot["over"]]
         for i in playing:
-            self._pipes[i].send(("chunk", actions[i, :self.max_steps - self._slots[i]["steps"]]))
+            self._pipes[i].send(("chunk", actions[i, :self._slots[i]["max_steps"] - self._slots[i]["steps"]]))
         reward, terminated, truncated = torch.zeros(self.num_envs), *torch.zeros(2, self.num_envs, dtype=torch.bool)
         success = torch.zeros(self.num_envs, dtype=torch.bool)
         for i in playing:
             slot, (images, state, held) = self._slots[i], self._receive(i)
+            if held.any() and not slot["once"]:
+                slot["reached"] = slot["steps"] + int(held.argmax()) + 1
             slot |= {"previous": slot["images"], "images": images, "state": state, "steps": slot["steps"] + len(held)}
             slot["since"] += slot["once"]  # chunks since the goal was first reached
             slot["once"] |= bool(held.any())
@@ -288,13 +333,24 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
         for i in playing:
             slot = self._slots[i]
             slot["scores"].append(float(info["score"][i]))
-            stopped = self.stop == "both" and bool(self.rule.stops(np.array(slot["scores"])).any())
-            enough = stopped if self.stop == "both" else slot["since"] >= self.linger
-            terminated[i] = slot["once"] and enough
-            truncated[i] = slot["steps"] >= self.max_steps and not terminated[i]
+            stopped = self.stop != "oracle" and bool(self.rule.stops(np.array(slot["scores"])).any())
+            reached = slot["once"] and slot["since"] >= self.linger
+            terminated[i] = {"oracle": reached, "self": stopped, "both": reached and stopped}[self.stop]
+            truncated[i] = slot["steps"] >= slot["max_steps"] and not terminated[i]
             slot["over"] = bool(terminated[i] or truncated[i])
-            reward[i] = float(slot["once"] and slot["over"])
+            reward[i] = float(slot["over"] and (success[i] if self.stop == "self" else slot["once"]))
         return self._observe(), *(tensor.to(self.device) for tensor in (reward, terminated, truncated)), info
+
+    def lengths(self, i) -> tuple[int, int | None]:
+        """Control steps of slot i's episode so far, and after how many of them its goal first held."""
+        return self._slots[i]["steps"], self._slots[i]["reached"]
+
+    def single_slots(self) -> list["LiberoVectorEnv"]:
+        """Each process as an environment of one slot, so that each can play at its own pace, in a thread of its own."""
+        singles = [copy.copy(self) for _ in range(self.num_envs)]
+        for i, single in enumerate(singles):
+            single.num_envs, single._pipes, single._slots = 1, [self._pipes[i]], [None]
+        return singles
 
     def _gather(self, key):
         blank = next(slot for slot in self._slots if slot)
@@ -333,31 +389,6 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
             process.terminate()
 
 
-@contextlib.contextmanager
-def single_threaded_children():
-    """Processes started inside use one BLAS thread each: with one process a core, more threads only get in the way."""
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name)
-            else:
-                os.environ[name] = value
-
-
-def in_processes(function, arguments, num_procs, name, unit):
-    """Call a top-level function with every tuple of arguments, one process a core, under a progress bar."""
-    with single_threaded_children(), ProcessPoolExecutor(
-            num_procs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(function, *values) for values in arguments]
-        for future in tqdm(as_completed(futures), total=len(futures), desc=name, unit=unit):
-            future.result()
-
-
 def _worker(pipe, suite, image_size, mesh_cell):
     """Serve one slot: one simulator at a time, made anew when the task changes (7 s)."""
     import signal
@@ -371,12 +402,14 @@ def _worker(pipe, suite, image_size, mesh_cell):
             os._exit(0)  # skips the GL libraries' noise at interpreter exit
         try:
             if command == "reset":
-                task_id, seed, init_state = arguments
+                task_id, seed, init_state, prefix = arguments
                 if task is None or task.task_id != task_id:
                     if task is not None:
                         task.close()
-                    task = LiberoTask(suite, task_id, mesh_cell)
+                    task = LiberoTask(suite, task_id, mesh_cell, image_size)
                 task.reset(seed, init_state)
+                for action in () if prefix is None else prefix:
+                    task.step(action)
                 reply = shrink(task.render(), image_size), task.state(), task.instruction
             else:
                 held = np.array([task.step(action) for action in arguments[0]])

@@ -28,7 +28,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
 import torch
 from torch import nn
@@ -62,6 +63,10 @@ class PolicyConfig:
     augment: bool = True  # shift and colour jitter in clone_loss
     max_shift: float = 0.05  # largest random shift of a view, as a fraction of the image side
     jitter: float = 0.2  # largest relative change of brightness, contrast and saturation
+    backbone: str = ""  # folder or hub id of an OpenVLA-OFT checkpoint (openvla.py), which has its own sizes; empty: ours
+    statistics: str = ""  # with a backbone: key in its dataset_statistics.json; empty: the suite's
+    lora_rank: int = 0  # with a backbone: cloning fine-tunes it by LoRA of this rank (OFT: 32); 0: the scale head alone
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # with a backbone: of its frozen weights
 
     @classmethod
     def tiny(cls) -> "PolicyConfig":
@@ -80,31 +85,49 @@ class ActionDistribution:
     """
     loc: torch.Tensor
     log_scale: torch.Tensor
+    by_chunk: bool = False  # one draw moves all L steps of a chunk alike, with b their geometric mean
 
     @property
     def mode(self) -> torch.Tensor:
         return self.loc
 
+    @property
+    def log_b(self) -> torch.Tensor:
+        """(B, L, A), or (B, 1, A) by chunk."""
+        return self.log_scale.mean(1, keepdim=True) if self.by_chunk else self.log_scale
+
     def sample(self, generator=None) -> torch.Tensor:
-        """(B, L, A). The difference of two unit exponentials is a unit Laplace, and always finite."""
+        """(B, L, A). The difference of two unit exponentials is a unit Laplace, and always finite.
+
+        generator: one, or a list with one for each of B.
+        """
+        if isinstance(generator, list):
+            rows = [replace(self, loc=loc[None], log_scale=scale[None]).sample(one)
+                    for loc, scale, one in zip(self.loc, self.log_scale, generator)]
+            return torch.cat(rows)
         device = self.loc.device if generator is None else generator.device
-        first, second = torch.empty(2, *self.loc.shape, dtype=self.loc.dtype, device=device).exponential_(
+        first, second = torch.empty(2, *self.log_b.shape, dtype=self.loc.dtype, device=device).exponential_(
             generator=generator).to(self.loc.device)
-        return (self.loc + self.log_scale.exp() * (first - second)).detach()
+        return (self.loc + self.log_b.exp() * (first - second)).detach()
 
     def log_prob(self, actions) -> torch.Tensor:
-        """actions (B, L, A) -> (B, L): one log-probability a control step, the sum over its dimensions."""
-        distance = (actions - self.loc).abs() * (-self.log_scale).exp()
-        return -(distance + self.log_scale + math.log(2)).sum(-1)
+        """actions (B, L, A) -> (B, L): one log-probability a control step, the sum over its dimensions.
+
+        By chunk it is that of the chunk's mean action, and the same at all steps: how loc changes from step to step is
+        not explored, so nothing can be learned about it.
+        """
+        error = actions - self.loc
+        distance = (error.mean(1, keepdim=True) if self.by_chunk else error).abs() * (-self.log_b).exp()
+        return -(distance + self.log_b + math.log(2)).sum(-1).expand(self.loc.shape[:2])
 
     def entropy(self) -> torch.Tensor:
         """(B, L)."""
-        return (1 + math.log(2) + self.log_scale).sum(-1)
+        return (1 + math.log(2) + self.log_b).sum(-1).expand(self.loc.shape[:2])
 
     def tempered(self, temperature) -> "ActionDistribution":
         """The same with b times `temperature` > 0, a number or (B, 1, 1). Score with what has sampled."""
         factor = torch.as_tensor(temperature, dtype=self.loc.dtype, device=self.loc.device)
-        return ActionDistribution(self.loc, self.log_scale + factor.log())
+        return replace(self, log_scale=self.log_scale + factor.log())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -249,9 +272,9 @@ class Policy(nn.Module):
 
     def env_actions(self, actions) -> torch.Tensor:
         """Normalised (B, L, A) -> environment units, clipped to [-1, 1]; gripper -1 (open) or +1 (close)."""
-        motion = self.normalizer.unnormalize_action(actions).clamp(-1, 1)
+        actions = self.normalizer.unnormalize_action(actions).clamp(-1, 1)
         gripper = torch.where(actions[..., -1:] > 0, 1.0, -1.0)
-        return torch.cat([motion[..., :-1], gripper], dim=-1)
+        return torch.cat([actions[..., :-1], gripper], dim=-1)
 
     def save_pretrained(self, folder):
         save_model(folder, self, {"model_type": MODEL_TYPE, "config": asdict(self.config),
@@ -272,23 +295,24 @@ class Policy(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 # Loss
 # ------------------------------------------------------------------------------------------------------------
-def clone_loss(policy, batch, generator):
+def clone_loss(policy, batch, generator, rows=slice(None)):
     """Behaviour cloning: L1 for the mean (OpenVLA-OFT), the Laplace negative log-likelihood for the scale.
 
     batch: obs and "actions" (B, L, A) normalised, "valid" (B, L) bool: False where a demonstration has ended.
-    generator: on the batch's device.
+    generator: on the batch's device; draws for the whole batch, of which `rows` alone are learned.
     """
     config = policy.config
     images = augment(batch["images"], config, generator) if config.augment else to_float(batch["images"])
-    features = policy.features(images, batch["state"], batch["instruction"])
+    features = policy.features(images[rows], batch["state"][rows], batch["instruction"][rows])
     predicted = policy.heads(features, features.detach())
-    valid = batch["valid"]
-    actions = torch.where(valid[..., None], batch["actions"], 0.0)  # padding may hold anything, NaN too
+    valid = batch["valid"][rows]
+    actions = torch.where(valid[..., None], batch["actions"][rows], 0.0)  # padding may hold anything, NaN too
     l1 = masked_mean((predicted.loc - actions).abs().mean(-1), valid)
     scale = ActionDistribution(predicted.loc.detach(), predicted.log_scale)
     nll = -masked_mean(scale.log_prob(actions), valid) / actions.shape[-1]
     with torch.no_grad():
-        gripper = masked_mean(((predicted.loc[..., -1] > 0) == (actions[..., -1] > 0)).float(), valid)
+        gripper = [policy.env_actions(values)[..., -1] for values in (predicted.loc, actions)]
+        gripper = masked_mean((gripper[0] == gripper[1]).float(), valid)
         log_scale = masked_mean(predicted.log_scale.mean(-1), valid)
     metrics = {"l1": l1.detach(), "nll": nll.detach(), "log_scale": log_scale, "gripper_accuracy": gripper}
     return l1 + config.scale_loss_weight * nll, metrics

@@ -19,6 +19,8 @@ Departures from Algorithm 1, and what the paper leaves open:
     one epoch learns faster than four.
  4. By default the whole (small) backbone is trained; `lora_rank` does as the paper does.
  5. The gradient's norm is clipped, and `temperature` scales b, in sampling and in scoring alike.
+ 6. By default one draw of noise moves all steps of a chunk (`chunk_noise`). With a draw for every step, gradients of 64
+    rollouts each had nothing in common (cosine 0 in the mean, ABLATIONS.md): 56 numbers a chunk, of which few matter.
 As in the paper: no critic, no KL, no entropy bonus, rewards not divided by their deviation.
 
 Shapes: B rollouts = G groups × K, T time in chunks, V camera views, L action-chunk length, A action
@@ -27,12 +29,12 @@ dimensions, C, H, W image, N chunks that were played, lower-case b and n: some o
 Try it:  python -m pytest tests/test_ppo.py
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
+from distributed import gather, rank, shard, sum_gradients
 from runs import UserError
 
 
@@ -43,16 +45,17 @@ class PPOConfig:
     groups: int = 8  # start contexts in an iteration (G)
     group_size: int = 8  # rollouts from the same start context (K); the paper's 8
     epochs: int = 1  # passes over an iteration's rollouts
-    minibatch: int = 256  # chunks in an optimiser step; 0 takes the whole buffer; the paper's 4
-    microbatch: int = 64  # chunks in a forward pass; gradients add up to a minibatch's, so it is memory alone
+    minibatch: int = 0  # chunks in an optimiser step; 0 takes the whole buffer; the paper's 4
+    microbatch: int = 64  # chunks in a forward pass (of all processes); gradients add up, so it is memory alone
     clip_coef: float = 0.1  # nothing is gained by a ratio outside 1 ± clip_coef; the paper's 0.1
     lr_backbone: float = 2e-5  # learning rate of everything but the heads; the paper's 1e-4 is for LoRA on 7B
     lr_heads: float = 2e-6  # learning rate of the action head and the scale head; the paper's 1e-5
-    warmup: int = 20  # optimiser steps of linear warm-up: Adam's first steps move every weight by the whole rate
+    warmup: int = 8  # optimiser steps of linear warm-up: Adam's first steps move every weight by the whole rate
     lora_rank: int = 0  # 0 trains the whole backbone; above, only low-rank changes of its matrices (the paper's 32)
     train_scale: bool = True  # train the scale head too, as the paper does; else exploration stays as it is
     max_grad_norm: float = 1.0  # gradient norm above which gradients are scaled down
-    temperature: float = 1.0  # multiplies the Laplace scale b, in sampling and in scoring alike
+    temperature: float = 1.5  # multiplies the Laplace scale b, in sampling and in scoring alike
+    chunk_noise: bool = True  # one draw for all steps of a chunk: 7 dimensions to explore, not 56 (the paper's)
 
 
 @dataclass
@@ -75,13 +78,14 @@ class Rollout:
 # Rollout
 # ------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def rollout(policy, env, contexts, greedy=False, temperature=1.0, generator=None, progress=None) -> Rollout:
+def rollout(policy, env, contexts, greedy=False, temperature=1.0, generator=None, progress=None,
+            chunk_noise=False) -> Rollout:
     """Play every context once; row i of the result is contexts[i].
 
     Slot i of the environment plays contexts i, i + num_envs, i + 2 num_envs, ...: a masked reset refills it.
     `env.num_envs` 0 or None means any number: all contexts are played at once. Exploration noise comes from
-    `generator` alone; `temperature` is one number or one for each context. `progress(ended)` hears after every
-    chunk how many episodes have just ended.
+    `generator` alone, which may be a list with one for each context; `temperature` is one number or one for each
+    context, `chunk_noise`: one draw a chunk. `progress(ended)` hears after every chunk how many episodes have just ended.
     """
     policy.eval()
     total, slots = len(contexts), env.num_envs or len(contexts)
@@ -93,8 +97,10 @@ def rollout(policy, env, contexts, greedy=False, temperature=1.0, generator=None
             obs, _ = env.reset([contexts[min(i, total - 1)] for i in which.tolist()], fresh)
             starts.append((which[fresh], select(obs, fresh.nonzero().flatten())))
         index = (which < total).nonzero().flatten()                         # (b,) slots that still play
-        distribution = policy(select(obs, index)).tempered(temperature[which[index], None, None])
-        action = distribution.mode if greedy else distribution.sample(generator)  # (b, L, A)
+        distribution = replace(policy(select(obs, index)), by_chunk=chunk_noise)
+        distribution = distribution.tempered(temperature[which[index], None, None])
+        noise = [generator[i] for i in which[index].tolist()] if isinstance(generator, list) else generator
+        action = distribution.mode if greedy else distribution.sample(noise)  # (b, L, A)
         env_action = policy.env_actions(action)                             # (b, L, A)
         command = env_action.new_zeros(slots, *env_action.shape[1:])        # (slots, L, A) idle slots: zeros
         command[index] = env_action
@@ -112,6 +118,12 @@ def rollout(policy, env, contexts, greedy=False, temperature=1.0, generator=None
         if progress:
             progress(int(ended.sum()))
     return collect(starts, steps, total)
+
+
+def generators(count, generator):
+    """One for each of `count` contexts: a rollout's noise does not depend on what is played beside it, or where."""
+    seeds = torch.randint(2**62, (count,), generator=generator)
+    return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
 
 
 def select(obs, index):
@@ -184,35 +196,43 @@ def make_optimizer(policy, config):
 
 
 class LoRA(nn.Module):
-    """W -> W + B A, the weight of a frozen matrix (out, in) with a change of low rank (arXiv 2106.09685)."""
+    """x -> W x + B A x: a frozen matrix W (out, in) with a change of low rank (arXiv 2106.09685).
 
-    def __init__(self, weight, rank):
+    W is neither copied nor rounded: it may be bfloat16, in which most steps of training would be rounded away.
+    """
+
+    def __init__(self, linear, rank):
         super().__init__()
-        self.a = nn.Parameter(torch.randn(rank, weight.shape[1], device=weight.device) / math.sqrt(weight.shape[1]))
-        self.b = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))  # starts without a change
+        self.linear, (n_out, n_in) = linear, linear.weight.shape
+        self.a = nn.Parameter(torch.randn(rank, n_in, device=linear.weight.device) / math.sqrt(n_in))
+        self.b = nn.Parameter(torch.zeros(n_out, rank, device=linear.weight.device))  # starts without a change
 
-    def forward(self, weight):
-        return weight + self.b @ self.a
+    def forward(self, x):
+        return self.linear(x) + (x.to(self.a.dtype) @ self.a.T @ self.b.T).to(x.dtype)
 
 
 def add_lora(policy, rank):
-    """Freeze all of the policy but its heads; give every matrix of its backbone a trainable low-rank change."""
+    """Freeze all of the policy but its heads; give every matrix of its backbone a trainable low-rank change.
+
+    A policy that has such changes already goes on with them.
+    """
+    layers = dict(policy.backbone.named_modules())
+    if not any(isinstance(layer, LoRA) for layer in layers.values()):
+        for name, layer in layers.items():
+            if isinstance(layer, nn.Linear):
+                policy.backbone.set_submodule(name, LoRA(layer, rank))
     for name, parameter in policy.named_parameters():
-        parameter.requires_grad_(name.startswith(("action_head.", "scale_head.")))
-    for module in linear_layers(policy):
-        parametrize.register_parametrization(module, "weight", LoRA(module.weight, rank))
+        parameter.requires_grad_(name.startswith(("action_head.", "scale_head.")) or name.endswith((".a", ".b")))
 
 
+@torch.no_grad()
 def merge_lora(policy):
     """The same policy as plain matrices again, all of them trainable."""
-    for module in linear_layers(policy):
-        if parametrize.is_parametrized(module, "weight"):
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+    for name, layer in list(policy.backbone.named_modules()):
+        if isinstance(layer, LoRA):
+            layer.linear.weight += layer.b @ layer.a
+            policy.backbone.set_submodule(name, layer.linear)
     policy.requires_grad_(True)
-
-
-def linear_layers(policy):
-    return [module for module in policy.backbone.modules() if isinstance(module, nn.Linear)]
 
 
 def minibatches(count, config, generator):
@@ -225,43 +245,55 @@ def minibatches(count, config, generator):
 def update(policy, optimizer, played, advantage, config, generator):
     """PPO on one `Rollout` with its advantages (B,); returns metrics averaged over all minibatches.
 
-    `generator` (CPU) shuffles. The policy stays in eval mode, in which it was sampled.
+    `generator` (CPU) shuffles. The policy stays in eval mode, in which it was sampled. Several processes share every
+    minibatch: each scores those of its chunks that it has played itself.
     """
     policy.eval()
     row, time = played.valid.nonzero(as_tuple=True)                         # (N,), (N,)
     advantage = advantage.to(played.log_prob.device)
+    counts = gather(len(row))
+    first, count = sum(counts[:rank()]), sum(counts)  # ours are chunks first ... first + len(row) - 1 of `count`
+
+    def ours(index):
+        return index[(first <= index) & (index < first + len(row))] - first
 
     def score(index):
         b, t = row[index], time[index]
         distribution = policy({"images": played.images[b, t], "state": played.states[b, t],
                                "instruction": [played.instruction[i] for i in b.tolist()]})
-        distribution = distribution.tempered(config.temperature)
+        distribution = replace(distribution, by_chunk=config.chunk_noise).tempered(config.temperature)
         return distribution.log_prob(played.actions[b, t]), distribution.entropy()  # (n, L), (n, L)
 
-    epochs = [minibatches(len(row), config, generator) for _ in range(config.epochs)]
+    epochs = [minibatches(count, config, generator) for _ in range(config.epochs)]
     old_log_prob = torch.empty_like(played.log_prob[row, time])             # (N, L)
     with torch.no_grad():
-        for index in (index for step in epochs[0] for index in step):
-            old_log_prob[index] = score(index)[0]
-    metrics = {"log_prob_gap": float((old_log_prob - played.log_prob[row, time]).abs().mean())}
+        for index in (ours(index) for step in epochs[0] for index in step):
+            if len(index):
+                old_log_prob[index] = score(index)[0]
+    metrics = {"log_prob_gap": float((old_log_prob - played.log_prob[row, time]).abs().mean()) * (len(row) / count)}
+    ratio_first = None
     for step in (step for epoch in epochs for step in epoch):
         policy.zero_grad(set_to_none=True)
-        for index in step:
+        for index in map(ours, step):
+            if not len(index):
+                continue
             log_prob, entropy = score(index)
             everything = torch.ones(len(index), 1, dtype=torch.bool, device=log_prob.device)
             loss, parts = ppo_loss(log_prob[:, None], old_log_prob[index][:, None], advantage[row[index]],
                                    everything, config.clip_coef)
             (loss * len(index) / sum(map(len, step))).backward()
-            metrics.setdefault("ratio_first", float(parts["ratio"]))
+            ratio_first = ratio_first or float(parts["ratio"])
             for name, value in {**parts, "entropy": entropy.detach().mean()}.items():
-                share = len(index) / (len(row) * config.epochs)
+                share = len(index) / (count * config.epochs)
                 metrics[name] = metrics.get(name, 0.0) + float(value) * share
         clip_and_step(optimizer, config)
-    return metrics
+    everyone = gather(metrics)
+    return {name: sum(part[name] for part in everyone) for name in metrics} | {"ratio_first": ratio_first}
 
 
 def clip_and_step(optimizer, config):
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    sum_gradients(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
     if not torch.isfinite(norm):
         raise UserError(f"the gradient of PPO is {norm.item()}: lower --ppo.lr_backbone and --ppo.lr_heads "
@@ -280,16 +312,22 @@ def improve(policy, optimizer, env, draw_contexts, config, generator):
 
     draw_contexts(count, generator): a list of start contexts. generator: on the CPU and seeded by (seed,
     iteration), so that a resumed run equals a straight one; the world's own noise is the caller's to seed.
+    Several processes draw the same starts and play whole groups each.
     """
     starts = draw_contexts(config.groups, generator)
-    contexts = [start for start in starts for _ in range(config.group_size)]  # a group is K neighbours
-    played = rollout(policy, env, contexts, temperature=config.temperature, generator=generator)
-    reward = played.reward.view(config.groups, config.group_size)           # (G, K)
+    contexts = [[start] * config.group_size for start in starts]            # (G, K), and their noise
+    noise = [generators(config.group_size, generator) for _ in starts]
+    played = rollout(policy, env, sum(shard(contexts), []), temperature=config.temperature,
+                     generator=sum(shard(noise), []), chunk_noise=config.chunk_noise)
+    reward = played.reward.view(-1, config.group_size)                      # (G, K)
     advantage = rloo_advantage(reward)                                      # (G, K)
     metrics = update(policy, optimizer, played, advantage.flatten(), config, generator)
+    outcome = [value.cpu() for value in (reward, advantage, played.terminated, played.valid.sum(1))]
+    reward, advantage, terminated, lasted = (torch.cat(values) for values in zip(*gather(outcome)))  # of everyone
     return metrics | {
-        "imagined_success": float(played.terminated.float().mean()),        # stopped before the horizon
+        "imagined_success": float(terminated.float().mean()),               # stopped before the horizon
         "reward": float(reward.mean()),
-        "stop_chunk": float(played.valid.sum(1).float().mean()),            # chunks that a rollout lasts
+        "control_steps": float(lasted.sum()) * played.actions.shape[2],
+        "stop_chunk": float(lasted.float().mean()),                         # chunks that a rollout lasts
         "groups_without_advantage": float((advantage.abs().amax(1) < 1e-6).float().mean()),
     }

@@ -236,13 +236,14 @@ def augment(frames: Tensor, config: ReflectorConfig, generator: torch.Generator)
     return (moved.permute(0, 4, 1, 5, 2, 3) * gain).clamp(0, 255).to(torch.uint8)  # (B, T, V, C, H, W)
 
 
-def reflector_loss(model: Reflector, batch: dict, generator: torch.Generator) -> tuple[Tensor, dict]:
-    """Binary cross-entropy, the mean over the N valid frames; the others cost nothing.
+def reflector_loss(model: Reflector, batch: dict, generator: torch.Generator, rows=slice(None)) -> tuple[Tensor, dict]:
+    """Binary cross-entropy, the mean over the N valid frames of `rows`; the others cost nothing.
 
     batch: frames uint8 (B, T, V, 3, H, W), instruction (B texts), labels (B, T) in {0, 1}, valid bool (B, T).
     """
-    frames, valid = augment(batch["frames"], model.config, generator), batch["valid"]
-    logits, labels = model.logits(frames, batch["instruction"], valid), batch["labels"][valid].float()  # (N,)
+    frames, valid = augment(batch["frames"], model.config, generator)[rows], batch["valid"][rows]
+    logits = model.logits(frames, batch["instruction"][rows], valid)  # (N,)
+    labels = batch["labels"][rows][valid].float()  # (N,)
     weight = torch.where(labels > 0.5, model.config.positive_weight, 1.0)
     loss = F.binary_cross_entropy_with_logits(logits, labels, weight)
     accuracy = ((logits > 0) == (labels > 0.5)).float().mean()

@@ -1,12 +1,5 @@
-"""What a run leaves for a reader: success rates with honest intervals, report.md, videos and learning curves.
+"""What a run leaves for a reader: report.md, videos and learning curves. The numbers' intervals come from intervals.py.
 
-Statistics on n paired episodes (both policies meet the same initial states), all without scipy
-- `wilson_interval`    95 % score interval of a success rate (Wilson 1927); inside [0, 1] even at 0/n and n/n.
-- `mcnemar_exact`      exact two-sided p-value of "both are equally good": among the episodes that only one of
-                       them solved, how likely is a split this uneven with a fair coin?
-- `paired_difference`  95 % interval of the difference of the two rates: Newcombe's hybrid score interval for
-                       paired proportions (Statistics in Medicine 17:2635, 1998, method 10). It joins the two
-                       Wilson intervals by the outcomes' correlation, and unlike Wald's has a width at 0/n.
 Pictures: `film_strip` (GIF) and `contact_sheet` (PNG) show a true rollout above the imagined one of the same
 actions, with the reflector's score under every frame; `learning_curves` (PNG) draws log.jsonl.
 
@@ -16,7 +9,6 @@ Try it:  python -m pytest tests/test_report.py
 """
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -25,54 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-Z = 1.959964  # 97.5 % quantile of the normal distribution
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Statistics
-# ----------------------------------------------------------------------------------------------------------
-def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:
-    """95 % interval of a success rate; (0, 1) when there are no episodes."""
-    if episodes == 0:
-        return 0.0, 1.0
-    rate, z2 = successes / episodes, Z * Z / episodes
-    middle = (rate + z2 / 2) / (1 + z2)
-    half = Z * math.sqrt(rate * (1 - rate) / episodes + z2 / episodes / 4) / (1 + z2)
-    return (middle - half if successes else 0.0), (middle + half if successes < episodes else 1.0)
-
-
-def mcnemar_exact(before, after) -> float:
-    """Two-sided p-value for paired outcomes (n,) bool; 1 when no episode changed."""
-    before, after = np.asarray(before, bool), np.asarray(after, bool)
-    lost, won = int((before & ~after).sum()), int((~before & after).sum())
-    changed = lost + won
-    tail = sum(math.comb(changed, k) for k in range(min(lost, won) + 1)) / 2**changed
-    return min(1.0, 2 * tail)
-
-
-def paired_difference(before, after) -> tuple[float, tuple[float, float]]:
-    """rate(after) - rate(before) and its 95 % interval (Newcombe's method 10); outcomes (n,) bool."""
-    before, after = np.asarray(before, bool), np.asarray(after, bool)
-    n = len(before)
-    if n == 0:
-        return 0.0, (-1.0, 1.0)
-    both, neither = int((before & after).sum()), int((~before & ~after).sum())
-    b, a = int(before.sum()), int(after.sum())
-    covariance = both * neither - (a - both) * (b - both)
-    if covariance > 0:
-        covariance = max(0.0, covariance - n / 2)  # Newcombe's continuity correction
-    spread = math.sqrt(b * (n - b) * a * (n - a))
-    phi = covariance / spread if spread else 0.0
-    (low_b, high_b), (low_a, high_a) = wilson_interval(b, n), wilson_interval(a, n)
-    difference = (a - b) / n
-    below = _hypotenuse(a / n - low_a, high_b - b / n, phi)
-    above = _hypotenuse(high_a - a / n, b / n - low_b, phi)
-    return difference, (max(-1.0, difference - below), min(1.0, difference + above))
-
-
-def _hypotenuse(x, y, correlation):
-    return math.sqrt(max(0.0, x * x - 2 * correlation * x * y + y * y))
-
+from runs import read_log
 
 # ----------------------------------------------------------------------------------------------------------
 # report.md
@@ -83,6 +28,9 @@ episode at the first success. *Self stop*: the reflector ends it, and success is
 *Imagined*: the verdict of the reflector on rollouts in the world simulator; a gain there counts only if
 the true columns show it too. *Difference*: same initial states, with Newcombe's paired 95% interval and
 the exact McNemar p-value."""
+SEEDS = """Mean and standard deviation over seeds (run folders), with the stratified bootstrap's 95% interval: in every
+task seeds are drawn with replacement. *Difference*: post-trained less cloned, seed by seed."""
+LENGTHS = """Until the stop or the step limit, in control steps (50 ms)."""
 MEANING = {  # what the reflector's numbers mean
     "auroc": "success against failure frames; chance 0.5, goal 0.95",
     "false_stop_rate": "episodes it would have stopped before the task was done",
@@ -96,12 +44,24 @@ MEANING = {  # what the reflector's numbers mean
 def results_table(results: dict) -> str:
     """results.json -> Markdown. A part that is missing in `results` is left out.
 
-    task, preset, seed; policies{cloned, post_trained}{oracle_stop, self_stop}{successes, episodes, rate,
-    ci95}; paired{oracle_stop, self_stop}{difference, ci95, mcnemar_p}; imagined{cloned, post_trained}{as in
-    policies}; stages{name: seconds}; reflector, world_model: their metrics; videos: their folder.
+    task, preset, seed; policies{cloned, post_trained, ...}{oracle_stop, self_stop}{successes, episodes, rate,
+    ci95}; paired{"after - before"}{oracle_stop, self_stop}{difference, ci95, mcnemar_p}; imagined{cloned,
+    post_trained}{as in policies}; stages{name: seconds}; reflector, world_model: their metrics; videos: their folder;
+    per_task, lengths, reflector_here: see `intervals.summarize`; over_seeds: see there; protocol{name: value}.
     """
     parts = [f"# {results['task']} · preset {results['preset']} · seed {results['seed']}",
              "## Success rate", _success_table(results), CAPTION]
+    if results.get("over_seeds"):
+        parts += ["## Over seeds", _seeds_table(results["over_seeds"]), SEEDS]
+    if results.get("per_task"):
+        parts += ["## Tasks", _task_table(results["per_task"], results.get("instructions", {}))]
+    if results.get("lengths"):
+        parts += ["## Length of an episode", _length_table(results["lengths"]), LENGTHS]
+    if results.get("reflector_here"):
+        parts += ["## Reflector: these episodes", _reflector_table(results["reflector_here"])]
+    if results.get("protocol"):
+        rows = [[name, str(value)] for name, value in results["protocol"].items()]
+        parts += ["## Protocol", _markdown(["", "value"], rows)]
     if results.get("world_model"):
         parts += ["## World simulator: open loop, held-out episodes", _fidelity_table(results["world_model"])]
     if results.get("reflector"):
@@ -110,22 +70,64 @@ def results_table(results: dict) -> str:
     if "videos" in results:
         parts += ["## Videos", f"In `{results['videos']}`: true above, imagined (same actions) below."]
     if results.get("stages"):
-        rows = [[name, duration(seconds)] for name, seconds in results["stages"].items()]
-        rows.append(["**all**", f"**{duration(sum(results['stages'].values()))}**"])
-        parts += ["## Time", _markdown(["stage", "time"], rows)]
+        parts += ["## Cost", _cost_table(results["stages"], results.get("control_steps", {}))]
     return "\n\n".join(parts) + "\n"
 
 
+def _cost_table(seconds, steps) -> str:
+    rows = [[stage, duration(time), *(f"{steps.get(stage, {}).get(world, 0):,}" for world in ("true", "imagined"))]
+            for stage, time in seconds.items()]
+    total = [f"{sum(values.get(world, 0) for values in steps.values()):,}" for world in ("true", "imagined")]
+    rows.append(["**all**", *(f"**{value}**" for value in [duration(sum(seconds.values())), *total])])
+    return _markdown(["stage", "time", "true control steps", "imagined control steps"], rows)
+
+
 def _success_table(results) -> str:
-    columns = {"oracle_stop": "oracle stop", "self_stop": "self stop"}
-    rows = []
-    for key, name in POLICIES.items():
-        if key in results.get("policies", {}):
-            cells = [results["policies"][key].get(column) for column in columns]
-            rows.append([name] + [_rate(cell) for cell in [*cells, results.get("imagined", {}).get(key)]])
-    if results.get("paired"):
-        rows.append(["difference", *(_difference(results["paired"].get(column)) for column in columns), ""])
-    return _markdown(["policy", *columns.values(), "imagined"], rows)
+    rows = [[name_of(key)] + [_rate(cell) for cell in [*(cells.get(column) for column in COLUMNS),
+                                                       results.get("imagined", {}).get(key)]]
+            for key, cells in results["policies"].items()]
+    for key, cells in results.get("paired", {}).items():
+        name = "difference" + f", {key}" * (len(results["paired"]) > 1)
+        rows.append([name, *(_difference(cells.get(column)) for column in COLUMNS), ""])
+    return _markdown(["policy", *COLUMNS.values(), "imagined"], rows)
+
+
+COLUMNS = {"oracle_stop": "oracle stop", "self_stop": "self stop"}
+
+
+def name_of(key) -> str:
+    """"runs/a/cloned" or "cloned" -> what a table calls it."""
+    *run, policy = key.rsplit("/", 1)
+    return ": ".join([*run, POLICIES.get(policy, policy)])
+
+
+def _task_table(per_task, instructions) -> str:
+    columns = [(policy, stop) for policy, tasks in per_task.items() for stop in next(iter(tasks.values()))]
+    rows = [[f"{task} {instructions.get(task, '')}".strip(),
+             *(_rate(per_task[policy][task][stop]) for policy, stop in columns)] for task in next(iter(per_task.values()))]
+    return _markdown(["task", *(f"{name_of(policy)}, {COLUMNS[stop]}" for policy, stop in columns)], rows)
+
+
+def _length_table(lengths) -> str:
+    names = list(next(iter(lengths.values())))
+    title = {"steps": "played", "chunks": "played, chunks", "steps_to_oracle_stop": "to the oracle stop",
+             "steps_to_self_stop": "to the self stop"}
+    rows = [[name_of(policy), *("mean {mean:.1f}, median {median:.0f}, max {max}".format(**cells[name]) for name in names)]
+            for policy, cells in lengths.items()]
+    return _markdown(["policy", *(title[name] for name in names)], rows)
+
+
+def _seeds_table(over_seeds) -> str:
+    rows = [[name_of(policy), *(_seeds(cells.get(column)) for column in COLUMNS)] for policy, cells in over_seeds.items()]
+    return _markdown(["policy", *COLUMNS.values()], rows)
+
+
+def _seeds(cell) -> str:
+    if cell is None:
+        return "–"
+    low, high = cell["ci95"]
+    each = ", ".join(f"{rate:.0%}" for rate in cell["rates"])
+    return f"**{cell['mean']:.1%}** ± {cell['std']:.1%} ({low:.1%} to {high:.1%}); {each}"
 
 
 def fidelity_report(measured: dict) -> str:
@@ -143,13 +145,15 @@ def fidelity_report(measured: dict) -> str:
 
 
 def _reflector_table(worlds) -> str:
-    """{"true": metrics, "imagined": metrics} side by side; counts of episodes as rates."""
+    """{"true": metrics, "imagined": metrics}, or by policy, side by side; counts of episodes as rates."""
+    first = next(iter(worlds.values()))
     rows = [[name.replace("_", " "), *(_number(metrics[name]) for metrics in worlds.values()), MEANING.get(name, "")]
-            for name in worlds["true"] if name != "outcome"]
-    for name in worlds["true"].get("outcome", {}):
+            for name in first if name != "outcome"]
+    for name in first.get("outcome", {}):
         rows.append([name.replace("_", " "), *(_percent(metrics["outcome"][name]["rate"]) for metrics in worlds.values()),
                      MEANING.get(name, "")])
-    return _markdown(["", *(f"{world} frames" for world in worlds), "meaning"], rows)
+    return _markdown(["", *(f"{world} frames" if world in ("true", "imagined") else name_of(world) for world in worlds),
+                      "meaning"], rows)
 
 
 def _percent(rate) -> str:
@@ -245,16 +249,17 @@ def film_strip(path, true_frames, imagined_frames, scores_true, scores_imagined,
                scale=3):
     """Write a GIF of T frames: the true rollout above the imagined one, views side by side, scores below.
 
-    true_frames, imagined_frames: uint8 (T, V, H, W, 3); scores: (T,) in [0, 1], NaN where there is none;
+    true_frames, imagined_frames (None: no such row): uint8 (T, V, H, W, 3); scores: (T,) in [0, 1], NaN where there is none;
     success: the true outcome; eta: the score at which the reflector stops.
     """
     T, V, H, W, _ = true_frames.shape
     tile, block, pages = scale * W + GAP, scale * H + BAR, []
+    rows = _rows(true_frames, imagined_frames, scores_true, scores_imagined)
     for t in range(T):
-        page, draw = _page(MARGIN + V * tile, TOP + 2 * block, title, success)
+        page, draw = _page(MARGIN + V * tile, TOP + len(rows) * block, title, success)
         draw.text((MARGIN + V * tile - GAP, 24), f"chunk {t} of {T - 1}", GRAY, _font(13), anchor="ra")
-        for top, name, frames, scores in [(TOP, "true", true_frames, scores_true),
-                                          (TOP + block, "imagined", imagined_frames, scores_imagined)]:
+        for number, (name, frames, scores) in enumerate(rows):
+            top = TOP + number * block
             draw.text((8, top + scale * H // 2 - 10), name, INK, _font(17))
             draw.text((8, top + scale * H + 3), "P(done)", INK, _font(13))
             for v in range(V):
@@ -271,9 +276,9 @@ def contact_sheet(path, true_frames, imagined_frames, scores_true, scores_imagin
     T, V, H, W, _ = true_frames.shape
     times = np.unique(np.linspace(0, T - 1, columns).round().astype(int))
     tile, block, top = scale * W + GAP, V * (scale * H + GAP) + BAR + 8, TOP + 20
-    page, draw = _page(MARGIN + len(times) * tile, top + 2 * block + 16, title, success)
-    for name, frames, scores in [("true", true_frames, scores_true),
-                                 ("imagined", imagined_frames, scores_imagined)]:
+    rows = _rows(true_frames, imagined_frames, scores_true, scores_imagined)
+    page, draw = _page(MARGIN + len(times) * tile, top + len(rows) * block + 16, title, success)
+    for name, frames, scores in rows:
         draw.text((8, top + 4), name, INK, _font(17))
         draw.text((8, top + block - BAR - 9), "P(done)", INK, _font(13))
         for v in range(V):
@@ -289,6 +294,11 @@ def contact_sheet(path, true_frames, imagined_frames, scores_true, scores_imagin
     caption = "same actions above and below; bar: reflector's score; line: stop threshold; green: would stop"
     draw.text((MARGIN, top - 4), caption, GRAY, _font(13))
     page.save(path)
+
+
+def _rows(true_frames, imagined_frames, scores_true, scores_imagined):
+    rows = [("true", true_frames, scores_true), ("imagined", imagined_frames, scores_imagined)]
+    return rows[:1] if imagined_frames is None else rows
 
 
 def _page(width, height, title, success):
@@ -339,7 +349,7 @@ def learning_curves(path, log_jsonl) -> None:
 
     Of a step that was logged twice (a resumed run) the later line counts; a panel without data says so.
     """
-    records = _read_log(Path(log_jsonl))
+    records = read_log(Path(log_jsonl))
     figure = Figure(figsize=(12, 8.5), layout="constrained")  # no pyplot: no display, no state
     for axes, (title, stage, names) in zip(figure.subplots(3, 3).flat, PANELS):
         axes.set_title(title, fontsize=11)
@@ -358,14 +368,3 @@ def learning_curves(path, log_jsonl) -> None:
         if len(axes.lines) > 1:
             axes.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=110)
-
-
-def _read_log(path) -> dict[tuple[str, int], dict]:
-    records = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the run was killed while it wrote this line
-        records[record["stage"], record["step"]] = record
-    return records

@@ -2,8 +2,8 @@
 
 A stage's product is written to `<stage>.tmp/` and renamed to `<stage>/` when it is complete, so a killed run goes on
 where it was with the same command. Weights and optimiser state are safetensors, everything else is JSON: nothing is
-ever unpickled. All randomness of a training step comes from one generator seeded by (seed, step), so a checkpoint needs
-no random state and a resumed run equals a straight one bit for bit.
+ever unpickled. Of several processes, rank 0 alone writes. All randomness of a training step comes from one generator
+seeded by (seed, step), so a checkpoint needs no random state and a resumed run equals a straight one bit for bit.
 """
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import errno
 import fcntl
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
+
+import distributed
 
 
 class UserError(Exception):
@@ -38,15 +42,23 @@ def clear_errors():
         sys.exit(_say(error))
     except KeyboardInterrupt:
         sys.exit(_say("stopped; the same command goes on from the last checkpoint", code=130))
+    except torch.OutOfMemoryError as error:
+        sys.exit(_say(f"{str(error).split('. ')[0]}: give fewer samples at once (--clone.batch_size, --ppo.microbatch, "
+                      "--ppo.groups), then run the same command"))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
         where = f" ({error.filename})" if error.filename else ""
         sys.exit(_say(f"{error.strerror}{where}: free space or choose another --output_dir, then run the same command"))
+    except RuntimeError:
+        if distributed.first_to_fail():
+            raise
+        sys.exit(2)  # torn down by another process, which has said why
 
 
 def _say(message, code=2) -> int:
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    if distributed.first_to_fail():
+        print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
     return code
 
 
@@ -55,6 +67,8 @@ def _say(message, code=2) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 def write_json(path, value):
     """Atomic: a reader sees the old file or the new one, never half of it."""
+    if distributed.rank():
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".writing")
@@ -72,6 +86,8 @@ def read_json(path) -> dict:
 
 
 def _write_tensors(path, tensors):
+    if distributed.rank():
+        return
     temporary = Path(path).with_name(Path(path).name + ".writing")
     save_file({key: value.detach().contiguous().cpu() for key, value in tensors.items()}, temporary)
     os.replace(temporary, path)
@@ -87,22 +103,36 @@ def _read_tensors(path) -> dict[str, torch.Tensor]:
                         "command") from None
 
 
-def save_model(folder, module, config: dict):
-    """Write `model.safetensors` and `config.json` into `folder`."""
+def learned(module) -> dict[str, torch.Tensor]:
+    """The state dict without parameters that are frozen: whoever made the module can make those again."""
+    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    return {key: value for key, value in module.state_dict().items() if key not in frozen}
+
+
+def save_model(folder, module, config: dict, whole=True):
+    """Write `model.safetensors` (whole=False: without frozen parameters) and `config.json` into `folder`."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    _write_tensors(Path(folder) / "model.safetensors", module.state_dict())
+    _write_tensors(Path(folder) / "model.safetensors", module.state_dict() if whole else learned(module))
     write_json(Path(folder) / "config.json", config)
 
 
-def load_weights(folder, module):
-    """Load `folder/model.safetensors` into `module`; keys and shapes must match exactly."""
+def load_weights(folder, module, whole=True):
+    """Load `folder/model.safetensors` into `module`; keys and shapes must match those that `save_model` wrote."""
     path = Path(folder) / "model.safetensors"
     try:
-        module.load_state_dict(_read_tensors(path))
+        _fill(module, _read_tensors(path), whole)
     except RuntimeError as error:
         detail = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise UserError(f"{path} does not fit its config.json: {detail}") from None
     return module
+
+
+def _fill(module, weights, whole):
+    """load_state_dict; RuntimeError where a key is missing (whole=False: one of `learned`) or unknown."""
+    missing, unknown = module.load_state_dict(weights, strict=whole)
+    wrong = unknown + [key for key in missing if key in learned(module)]
+    if wrong:
+        raise RuntimeError(f"keys differ\n{wrong[0]}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -116,7 +146,8 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = open(self.folder / ".lock", "w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if distributed.rank() == 0:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"{self.folder} is in use by another process: wait for it, or choose another "
                             "--output_dir") from None
@@ -129,17 +160,8 @@ class Run:
 
     def done(self, stage, settings) -> bool:
         """Is the stage finished? UserError if it was made with other settings than today's."""
-        self._check(self.path(stage), settings)
+        check_settings(self.path(stage), settings)
         return self.path(stage).is_dir()
-
-    def _check(self, folder, settings):
-        path = folder / "settings.json"
-        made = _flat(read_json(path)) if path.exists() else {}
-        now = _flat(json.loads(json.dumps(settings)))
-        for key in sorted(made.keys() | now.keys() if made else ()):
-            if made.get(key) != now.get(key):
-                raise UserError(f"{folder} was made with --{key} {made.get(key)}, this command says {now.get(key)}: "
-                                "choose another --output_dir, or delete that folder and those of the later stages")
 
     def seconds(self) -> dict[str, float]:
         """Wall time of every finished stage, all its attempts added up."""
@@ -150,14 +172,21 @@ class Run:
     def stage(self, name, settings):
         """Yield the stage's unfinished folder; rename it to its final name when the body ends without an error."""
         unfinished, start = self.folder / f"{name}.tmp", time.time()
-        self._check(unfinished, settings)
+        check_settings(unfinished, settings)
         unfinished.mkdir(exist_ok=True)
         write_json(unfinished / "settings.json", settings)
+        distributed.barrier()
         try:
             yield unfinished
         finally:
             write_json(self.folder / "seconds.json",
                        self.seconds() | {name: round(self.seconds().get(name, 0.0) + time.time() - start, 1)})
+        distributed.barrier()
+        if distributed.rank() == 0:
+            self._finish(name, unfinished)
+        distributed.barrier()
+
+    def _finish(self, name, unfinished):
         for leftover in [*unfinished.rglob("*.writing"), *unfinished.rglob("resume.*")]:
             leftover.unlink()
         shutil.rmtree(self.path(name), ignore_errors=True)
@@ -165,9 +194,34 @@ class Run:
 
     def log(self, stage, step, metrics):
         """Append one JSON line to `log.jsonl`."""
+        if distributed.rank():
+            return
         line = {"stage": stage, "step": step} | {key: round(float(value), 6) for key, value in metrics.items()}
         with open(self.folder / "log.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def check_settings(folder, settings: dict):
+    """UserError if `folder/settings.json` holds other settings."""
+    path = folder / "settings.json"
+    made = _flat(read_json(path)) if path.exists() else {}
+    now = _flat(json.loads(json.dumps(settings)))
+    for key in sorted(made.keys() | now.keys() if made else ()):
+        if made.get(key) != now.get(key):
+            raise UserError(f"{folder} was made with --{key} {made.get(key)}, this command says {now.get(key)}: "
+                            "choose another --output_dir, or delete that folder and those of the later stages")
+
+
+def read_log(path) -> dict[tuple[str, int], dict]:
+    """{(stage, step): the last line of `log.jsonl` about it}."""
+    records = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the run was killed while it wrote this line
+        records[record["stage"], record["step"]] = record
+    return records
 
 
 def _flat(values, prefix="") -> dict:
@@ -179,14 +233,17 @@ def _flat(values, prefix="") -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
+AUTOCAST = {"cuda"}  # device types on which networks run in bfloat16: set by --bf16
+
+
 def step_generator(seed, step, device="cpu") -> torch.Generator:
     """The source of all randomness of training step `step`."""
     return torch.Generator(device).manual_seed((seed * 1_000_003 + step) * 2_654_435_761 % 2**63)
 
 
 def save_resume(folder, step, model, optimizer):
-    """Weights, optimiser state and step, in one safetensors file."""
-    tensors = {f"model.{key}": value for key, value in model.state_dict().items()}
+    """Weights (but for frozen ones), optimiser state and step, in one safetensors file."""
+    tensors = {f"model.{key}": value for key, value in learned(model).items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
     _write_tensors(Path(folder) / "resume.safetensors", tensors | {"step": torch.tensor(step)})
@@ -203,18 +260,37 @@ def load_resume(folder, model, optimizer) -> int:
         _, index, name = key.split(".")
         optimizer_state.setdefault(int(index), {})[name] = tensors.pop(key)
     try:
-        model.load_state_dict({key.removeprefix("model."): value for key, value in tensors.items()})
+        _fill(model, {key.removeprefix("model."): value for key, value in tensors.items()}, whole=False)
     except RuntimeError:
         raise UserError(f"{path} is of another configuration: delete {folder} and run the same command") from None
     optimizer.load_state_dict(optimizer.state_dict() | {"state": optimizer_state})
     return step
 
 
+def autocast(device):
+    """Networks in bfloat16 where `AUTOCAST` says so."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type in AUTOCAST)
+
+
+def parts(batch, accumulate) -> list[tuple[slice, float]]:
+    """This process's rows of a batch in `accumulate` slices, and what the mean over each weighs in the mean over all.
+
+    A batch is a dictionary of values with B rows; where it has "valid", means are over what is valid.
+    """
+    B, count = len(next(iter(batch.values()))), accumulate * distributed.world_size()
+    if B < count:
+        raise UserError(f"a batch of {B} cannot be cut into {count} parts: raise its --*.batch_size or lower --*.accumulate")
+    slices = [slice(B * part // count, B * (part + 1) // count) for part in range(count)]
+    valid = batch["valid"] if "valid" in batch else torch.ones(B)
+    return [(rows, float(valid[rows].sum() / valid.sum().clamp(min=1))) for rows in distributed.shard(slices)]
+
+
 @dataclass
 class FitConfig:
     """Supervised training of one component: AdamW, linear warm-up, cosine decay, weights averaged over the end."""
     steps: int = 1000  # optimiser steps
-    batch_size: int = 32  # samples a step
+    batch_size: int = 32  # samples a step, of all processes together
+    accumulate: int = 1  # parts that a process's share of them is cut into: gradients add up, so it is memory alone
     lr: float = 1e-3  # peak learning rate
     warmup: int = 100  # steps of linear warm-up
     weight_decay: float = 0.01  # AdamW's decoupled weight decay
@@ -223,14 +299,17 @@ class FitConfig:
 
 
 def fit(name, model, make_batch, loss_fn, config: FitConfig, folder, seed, device, log):
-    """Minimise `loss_fn(model, batch, generator) -> (loss, metrics)`; the one loop behind clone, simulate and reflect.
+    """Minimise `loss_fn(model, batch, generator, rows) -> (loss, metrics)`; the loop behind clone, simulate and reflect.
 
-    make_batch(step, generator): a training batch; generator lives on the CPU and is a function of (seed, step) alone.
+    make_batch(step, generator): a training batch, B first; generator lives on the CPU and is a function of (seed, step).
+    loss_fn draws from its generator for the whole batch and returns the mean over the samples `rows`, a slice.
     log(step, metrics): receives the metrics averaged since the last call, every `save_every` steps.
     Raises UserError at the first loss that is not finite.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     first, sums = load_resume(folder, model, optimizer), {}
+    if distributed.rank():
+        torch.manual_seed(seed + distributed.rank())  # for dropout, the one thing that is drawn row by row
     model.train()
     progress = tqdm(range(first, config.steps), initial=first, total=config.steps, desc=name, unit="step", mininterval=1)
     for step in progress:
@@ -238,21 +317,54 @@ def fit(name, model, make_batch, loss_fn, config: FitConfig, folder, seed, devic
         for group in optimizer.param_groups:
             group["lr"] = config.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / config.steps)))
         batch = make_batch(step, step_generator(seed, step))
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss, metrics = loss_fn(model, batch, step_generator(seed, step, device))
-        if not math.isfinite(loss.item()):
-            raise UserError(f"the loss of '{name}' is {loss.item()} at step {step}: lower its --*.lr and run the same "
-                            "command (it goes on from the last checkpoint)")
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        for rows, weight in parts(batch, config.accumulate):
+            with autocast(device):
+                loss, metrics = loss_fn(model, batch, step_generator(seed, step, device), rows)
+            if not math.isfinite(loss.item()):
+                raise UserError(f"the loss of '{name}' is {loss.item()} at step {step}: lower its --*.lr and run the same "
+                                "command (it goes on from the last checkpoint)")
+            (loss * weight).backward()
+            for key, value in metrics.items():
+                total, count = sums.get(key, (0.0, 0.0))
+                sums[key] = (total + weight * float(value), count + weight)
+        distributed.sum_gradients(model.parameters())
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         optimizer.step()
-        for key, value in metrics.items():
-            total, count = sums.get(key, (0.0, 0))
-            sums[key] = (total + float(value), count + 1)
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-            log(step + 1, {key: total / count for key, (total, count) in sums.items()})
-            progress.set_postfix({key: f"{total / count:.4g}" for key, (total, count) in list(sums.items())[:3]})
+            everyone = distributed.gather(sums)
+            means = {key: sum(part[key][0] for part in everyone if key in part) /
+                     sum(part[key][1] for part in everyone if key in part) for key in sums}
+            log(step + 1, means)
+            progress.set_postfix({key: f"{value:.4g}" for key, value in list(means.items())[:3]})
             sums = {}
             save_resume(folder, step + 1, model, optimizer)
     return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+# ---------------------------------------------------------------------------------------------------------------------
+@contextmanager
+def single_threaded_children():
+    """Processes started inside use one BLAS thread each: with one process a core, more threads only get in the way."""
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name)
+            else:
+                os.environ[name] = value
+
+
+def in_processes(function, arguments, num_procs, name, unit):
+    """Call a top-level function with every tuple of arguments, one process a core, under a progress bar."""
+    with single_threaded_children(), ProcessPoolExecutor(
+            num_procs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(function, *values) for values in arguments]
+        for future in tqdm(as_completed(futures), total=len(futures), desc=name, unit=unit):
+            future.result()

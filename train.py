@@ -19,27 +19,32 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
+import distributed
 import report
+import runs
 from config import STAGES, TrainConfig, parse, stage_settings
 from demonstrations import collect_demonstrations, read_demonstrations
-from episodes import ChunkData, CloneData, Normalizer, StartContext, joined, load_episodes
-from evaluate import compare, evaluate_policies, film, imagined_success, load_policies, pick_device, play, proportion
+from distributed import barrier, gather, rank, shard, world_size
+from episodes import ChunkData, CloneData, Episode, Normalizer, StartContext, joined, load_episodes
+from evaluate import evaluate_policies, film, imagined_success, load_policies, pick_device
 from fidelity import (check_trust, frame_logits, frame_scores, horizon_errors, imagine_episodes, outcome_agreement,
                       reflector_quality)
 from geometry import Cameras
-from libero_env import LiberoContext, LiberoTask, LiberoVectorEnv, in_processes, load_suite, step_limit
+from intervals import proportion, summarize
+from libero_env import LiberoContext, LiberoTask, LiberoVectorEnv, load_suite, step_limit
+from openvla import OpenVLAPolicy, load_policy
+from openvla_memory import check_training
+from playing import control_steps, grasp_retries, play
 from policy import Policy, clone_loss
 from ppo import add_lora, improve, make_optimizer, merge_lora
 from reflector import Reflector, calibrate, reflector_loss
-from runs import (Run, UserError, clear_errors, fit, load_resume, load_weights, read_json, save_resume, step_generator,
-                  write_json)
+from runs import (Run, UserError, clear_errors, fit, in_processes, load_resume, load_weights, read_json, save_resume,
+                  step_generator, write_json)
 from world_model import VirtualEnv, WorldModel, grasp_loss, world_model_loss
 
-CLOSING = 0.072  # m: fingers less open than this have begun to close
 CHECK_SEED = 20_000_000  # placements of `check`
 
 
@@ -50,15 +55,18 @@ def train(config: TrainConfig):
     """Run the chosen stages in the method's order and print the report."""
     suite = load_suite(config.task)
     config = replace(config, task_ids=tuple(config.task_ids) or tuple(range(suite.n_tasks)),
-                     num_procs=config.num_procs or os.cpu_count() or 1)
+                     num_procs=max(1, (config.num_procs or os.cpu_count() or 1) // world_size()))
     wrong = [task for task in config.task_ids if not 0 <= task < suite.n_tasks]
     if wrong:
         raise UserError(f"{config.task} has no task {wrong[0]}: --task_ids takes numbers from 0 to {suite.n_tasks - 1}")
+    if config.policy.backbone and config.rl_env != "none" and not (config.ppo.lora_rank or config.policy.lora_rank):
+        raise UserError("billions of parameters are post-trained by LoRA: add --ppo.lora_rank 32 to --policy.backbone")
     run = Run(config.output_dir or Path("runs") / config.task)
     write_json(run.folder / "config.json", asdict(config))
     device = pick_device(config.device)
+    runs.AUTOCAST = {"auto": {"cuda"}, "on": {"cuda", "cpu"}, "off": set()}[config.bf16]
     print(f"{config.task}, {len(config.task_ids)} tasks, preset {config.preset}, seed {config.seed}, on {device} with "
-          f"{config.num_procs} simulator processes -> {run.folder}")
+          f"{world_size()} x {config.num_procs} simulator processes -> {run.folder}")
     steps = {"demonstrate": demonstrate, "clone": clone, "explore": explore, "simulate": simulate, "reflect": reflect,
              "imagine": imagine, "evaluate": evaluate}
     for name, step in steps.items():
@@ -70,7 +78,7 @@ def train(config: TrainConfig):
                 step(config, run, folder, device)
         elif any(later in config.stages for later in STAGES[STAGES.index(name):]):
             raise UserError(f"{run.path(name)} is missing: add {name} to --stages")
-    if run.path("evaluate").is_dir():
+    if run.path("evaluate").is_dir() and rank() == 0:
         finish(config, run)
 
 
@@ -84,12 +92,15 @@ def demonstrate(config, run, folder, device):
     names = {task: load_suite(config.task).get_task(task).name for task in config.task_ids}
     source = Path(config.demos) if config.demos else folder
     if not config.demos:
-        missing = [task for task in config.task_ids if not (folder / f"{names[task]}_demo.hdf5").exists()]
-        arguments = [(config.task, task, config.num_demos, config.seed, folder, config.explore.mesh_cell)
-                     for task in missing]
+        missing = [task for task in shard(config.task_ids) if not (folder / f"{names[task]}_demo.hdf5").exists()]
+        arguments = [(config.task, task, config.num_demos, config.seed, folder, config.explore.mesh_cell,
+                      config.policy.image_size) for task in missing]
         in_processes(collect_demonstrations, arguments, config.num_procs, "demonstrate", "task")
     elif not source.is_dir():
         raise UserError(f"--demos {source} is not a folder: give the one that holds LIBERO's *_demo.hdf5 files")
+    barrier()
+    if rank():
+        return  # the rest is quick
     episodes = []
     for task, name in names.items():
         episodes += read_demonstrations(source / f"{name}_demo.hdf5", task, config.num_demos, config.policy.image_size)
@@ -107,14 +118,21 @@ def demonstrate(config, run, folder, device):
 # 2 clone, 3 explore
 # ---------------------------------------------------------------------------------------------------------------------
 def clone(config, run, folder, device):
-    """Supervised training of the policy and its Laplace scale head on the demonstrations."""
+    """Supervised training of the policy and its Laplace scale head on the demonstrations.
+
+    A pretrained policy (`--policy.backbone`) stays as it is but for the scale head, or is fine-tuned by LoRA.
+    """
     if config.refresh:
         return keep("clone", config, folder)
     normalizer = Normalizer.from_dict(read_json(run.path("demonstrate") / "normalizer.json"))
-    data = CloneData(demonstrations(run), normalizer, config.policy.chunk_size, device)
     torch.manual_seed(config.seed)
-    policy = Policy(config.policy, normalizer).to(device)
-    fit_clone("clone", policy, data, config, run, folder, device)
+    if config.policy.backbone:
+        policy = OpenVLAPolicy.from_checkpoint(config.policy, config.task)
+        check_training(policy, config.clone.batch_size, config.policy.lora_rank, device, "--clone.batch_size")
+    else:
+        policy = Policy(config.policy, normalizer)
+    data = CloneData(demonstrations(run), policy.normalizer, config.policy.chunk_size, device)
+    fit_clone("clone", compiled(policy.to(device), config), data, config, run, folder, device)
     policy.save_pretrained(folder)
 
 
@@ -123,12 +141,21 @@ def keep(stage, config, folder):
     source = Path(config.refresh) / stage
     if not source.is_dir():
         raise UserError(f"{source} is missing: --refresh takes a finished run folder")
-    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("settings.json"), dirs_exist_ok=True)
+    if rank() == 0:
+        shutil.copytree(source, folder, ignore=shutil.ignore_patterns("settings.json"), dirs_exist_ok=True)
+    barrier()
+
+
+def compiled(model, config):
+    """--compile: torch.compile the model's parts in place; weights and their names stay as they are."""
+    for part in model.children() if config.compile else ():
+        part.compile()
+    return model
 
 
 def first_policy(config, run, device):
     """Where exploration and RL begin: the cloned policy, or the last one of the run that is refreshed."""
-    return Policy.from_pretrained(Path(config.refresh) / "imagine" if config.refresh else run.path("clone")).to(device)
+    return compiled(load_policy(Path(config.refresh) / "imagine" if config.refresh else run.path("clone"), device), config)
 
 
 def fit_clone(name, policy, data, config, run, folder, device):
@@ -137,10 +164,13 @@ def fit_clone(name, policy, data, config, run, folder, device):
 
 
 def explore(config, run, folder, device):
-    """The cloned policy acts in the true simulator with a ~ Laplace(loc, b * temperature); everything is kept."""
+    """The cloned policy acts in the true simulator with a ~ Laplace(loc, b * temperature); everything is kept.
+
+    Then episodes are taken up again shortly before their first grasp: it decides them, and takes a fifth of their time.
+    """
     policy, first = first_policy(config, run, device), 100_000 * (config.seed + 1)
     if config.refresh:  # its episodes are kept; the new ones open another thousand
-        if not (folder / "episodes.jsonl").exists():
+        if not gather((folder / "episodes.jsonl").exists())[0]:  # rank 0 decides: it copies
             keep("explore", config, folder)
         first = 1000 * (1 + max(episode.seed for episode in load_episodes(Path(config.refresh) / "explore")) // 1000)
     contexts = [LiberoContext(task, first + number) for task in config.task_ids for number in range(config.explore.episodes)]
@@ -150,6 +180,8 @@ def explore(config, run, folder, device):
                           linger=config.explore.linger, mesh_cell=config.explore.mesh_cell, device=device)
     try:
         lines = play(policy, env, contexts, folder, "explore", config.seed, temperatures)
+        retries = grasp_retries([Episode.load(folder / line["file"]) for line in lines], config)
+        play(policy, env, retries, folder, "retry", config.seed, [heat[context.take % len(heat)] for context in retries])
     finally:
         env.close()
     print(f"explore: {sum(line['oracle_stop'] for line in lines)} of {len(lines)} episodes succeeded")
@@ -181,7 +213,7 @@ def simulate(config, run, folder, device):
     recorded, L = demonstrations(run) + training, config.policy.chunk_size
     data = ChunkData(recorded, L, device)
     torch.manual_seed(config.seed)
-    world = WorldModel(config.world_model, cameras, normalizer).to(device)
+    world = compiled(WorldModel(config.world_model, cameras, normalizer).to(device), config)
     if config.refresh:
         load_weights(Path(config.refresh) / "simulate", world)
     fit("simulate", world, lambda step, generator: data.world_batch(config.simulate.batch_size, generator),
@@ -189,13 +221,17 @@ def simulate(config, run, folder, device):
         lambda step, metrics: run.log("simulate", step, metrics))
     for part in ("imagined", "grasp"):
         (folder / part).mkdir(exist_ok=True)
-    for number, episode in enumerate(imagine_episodes(world, None, recorded, true_states=True)[0]):
-        episode.save(folder / "imagined" / f"{number:05d}.npz")
+    if rank() == 0:
+        for number, episode in enumerate(imagine_episodes(world, None, recorded, true_states=True)[0]):
+            episode.save(folder / "imagined" / f"{number:05d}.npz")
+    barrier()
     copies, half = ChunkData(load_episodes(folder / "imagined"), L, device), config.grasp.batch_size // 2
     fit("grasp", world.grasp_predictor,
-        lambda step, generator: joined(data.picture_batch(half, generator), copies.picture_batch(half, generator)),
-        lambda _, batch, generator: grasp_loss(world, batch, generator), config.grasp, folder / "grasp", config.seed, device,
-        lambda step, metrics: run.log("grasp", step, metrics))
+        lambda step, generator: joined(data.grasp_batch(half, generator), copies.grasp_batch(half, generator)),
+        lambda _, batch, generator, rows: grasp_loss(world, batch, generator, rows), config.grasp, folder / "grasp",
+        config.seed, device, lambda step, metrics: run.log("grasp", step, metrics))
+    if rank():
+        return
     world.save_pretrained(folder)
     write_json(folder / "held_out.json", horizon_errors(world, held_out, horizons=(1, 5, 10), every=4))
 
@@ -206,18 +242,20 @@ def reflect(config, run, folder, device):
     Calibrated on the held-out episodes, true and imagined; their quality is kept.
     """
     training, held_out = explored(config, run)
-    world = frozen(WorldModel, run.path("simulate"), device)
+    world = frozen(WorldModel, run.path("simulate"), config, device)
     L, size = config.policy.chunk_size, config.reflect.batch_size
     true = ChunkData(demonstrations(run) + training, L, device)
     imagined = ChunkData(load_episodes(run.path("simulate") / "imagined"), L, device)
     torch.manual_seed(config.seed)
-    reflector = Reflector(config.reflector).to(device)
+    reflector = compiled(Reflector(config.reflector).to(device), config)
     if config.refresh:
         load_weights(Path(config.refresh) / "reflect", reflector)
     fit("reflect", reflector, lambda step, generator: joined(true.frame_batch(size // 2, generator),
                                                              imagined.frame_batch(size - size // 2, generator)),
         reflector_loss, config.reflect, folder, config.seed, device,
         lambda step, metrics: run.log("reflect", step, metrics))
+    if rank():
+        return
     worlds = {"true": held_out, "imagined": imagine_episodes(world, None, held_out, seed=1)[0]}
     everything = held_out + imagine_episodes(world, None, held_out, seed=1, true_states=True)[0]
     labels = torch.cat([torch.from_numpy(episode.chunks(L).success).float() for episode in everything])
@@ -229,13 +267,14 @@ def reflect(config, run, folder, device):
         {"outcome": outcome_agreement(scores[name], held_out, rule)} for name, episodes in worlds.items()})
 
 
-def load_world(run, device):
+def load_world(config, run, device):
     """The virtual environment's two halves, frozen."""
-    return frozen(WorldModel, run.path("simulate"), device), frozen(Reflector, run.path("reflect"), device)
+    return (frozen(WorldModel, run.path("simulate"), config, device),
+            frozen(Reflector, run.path("reflect"), config, device))
 
 
-def frozen(model_class, folder, device):
-    return model_class.from_pretrained(folder).to(device).eval().requires_grad_(False)
+def frozen(model_class, folder, config, device):
+    return compiled(model_class.from_pretrained(folder).to(device).eval().requires_grad_(False), config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,6 +284,8 @@ def imagine(config, run, folder, device):
     """RLOO + PPO (Algorithm 1) from the cloned policy, in the virtual environment; two baselines by `rl_env`."""
     if config.rl_env == "virtual" and not config.trust_world:
         check_trust(read_json(run.path("simulate") / "held_out.json"), read_json(run.path("reflect") / "held_out.json"))
+    if config.ppo.groups < world_size():
+        raise UserError(f"{world_size()} processes cannot share {config.ppo.groups} groups: raise --ppo.groups")
     policy = first_policy(config, run, device)
     torch.manual_seed(config.seed)
     if config.rl_env == "none":
@@ -252,6 +293,8 @@ def imagine(config, run, folder, device):
         data = CloneData(demonstrations(run) + successes, policy.normalizer, config.policy.chunk_size, device)
         fit_clone("imagine", policy, data, config, run, folder, device)
         return policy.save_pretrained(folder)
+    if config.policy.backbone:
+        check_training(policy, config.ppo.microbatch, config.ppo.lora_rank, device, "--ppo.microbatch")
     if config.ppo.lora_rank:
         add_lora(policy, config.ppo.lora_rank)
     optimizer = make_optimizer(policy, config.ppo)
@@ -269,7 +312,8 @@ def imagine(config, run, folder, device):
             save_resume(folder, iteration + 1, policy, optimizer)
     finally:
         env.close()
-    merge_lora(policy)
+    if not config.policy.backbone:  # a pretrained policy's changes stay apart from its gigabytes
+        merge_lora(policy)
     policy.save_pretrained(folder)
 
 
@@ -283,17 +327,19 @@ def check(config, run, policy, folder, device) -> dict:
     finally:
         env.close()
     data = ChunkData(load_episodes(folder), config.policy.chunk_size, device)
-    imagined = imagined_success(policy, *load_world(run, device), data.starts([(k, 0) for k in range(len(data.tracks))]),
-                                step_limit(config.task) // config.policy.chunk_size, config.virtual.stop)
+    starts, horizon = data.starts([(k, 0) for k in range(len(data.tracks))]), step_limit(config.task) // data.chunk_size
+    imagined = imagined_success(policy, *load_world(config, run, device), starts, horizon, config.virtual.stop)
     return {"true_success": sum(line["oracle_stop"] for line in lines) / len(lines), "imagined_success": imagined.mean()}
 
 
 def virtual_world(config, run, device):
     """The virtual environment, and start contexts drawn from recorded frames in which the task is not done."""
     training, _ = explored(config, run)
-    data = ChunkData(demonstrations(run) + training, config.policy.chunk_size, device)
-    pools, start = start_pools(data), config.start
-    failed = [[not episode.success.any() for episode in training if episode.task_id == task] for task in config.task_ids]
+    start, mild = config.start, [episode for episode in training if episode.temperature <= config.start.hottest]
+    data = ChunkData(demonstrations(run) + mild, config.policy.chunk_size, device)
+    pools = data.start_pools()
+    failed = [[not episode.success.any() for episode in training if episode.task_id == task and episode.source == "explore"]
+              for task in config.task_ids]
     share = torch.tensor([((sum(values) + 1) / (len(values) + 2)) ** start.focus for values in failed])
     if start.midway + start.contact > 1:
         raise UserError("--start.midway and --start.contact are fractions of the starts: their sum must not be above 1")
@@ -306,24 +352,10 @@ def virtual_world(config, run, device):
         chosen = [pools.get(key) or pools["opening", key[1]] for key in keys]  # a task may have no such frame
         return data.starts([pool[int(torch.randint(len(pool), (), generator=generator))] for pool in chosen])
 
-    world, reflector = load_world(run, device)
+    world, reflector = load_world(config, run, device)
     virtual = replace(config.virtual, seed=config.seed)
-    return VirtualEnv(world, reflector, virtual, config.ppo.groups * config.ppo.group_size, config.ppo.group_size), draw
-
-
-def start_pools(data) -> dict[tuple[str, int], list]:
-    """Frames to start from, by kind and task: the first ones ("opening"), those one to three chunks before the fingers
-    first close ("contact"), and all later ones ("midway"); only where the task is not done and was not."""
-    pools = {}
-    for k, t in data.index:
-        track, task = data.tracks[k], data.episodes[k].task_id
-        closing = np.flatnonzero(track.states[:, 6] - track.states[:, 7] < CLOSING)
-        if track.success[:t + 1].any():
-            continue
-        pools.setdefault(("midway" if t else "opening", task), []).append((k, t))
-        if len(closing) and 0 < closing[0] - t <= 3:
-            pools.setdefault(("contact", task), []).append((k, t))
-    return pools
+    mine, K = shard(range(config.ppo.groups)), config.ppo.group_size
+    return VirtualEnv(world, reflector, virtual, len(mine) * K, K, mine[0] * K, config.ppo.groups * K), draw
 
 
 def true_world(config, device):
@@ -342,11 +374,11 @@ def true_world(config, device):
 # ---------------------------------------------------------------------------------------------------------------------
 def evaluate(config, run, folder, device):
     """Cloned and post-trained policy in both worlds, from the same benchmark states; film strips of both worlds."""
-    world, reflector = load_world(run, device)
+    world, reflector = load_world(config, run, device)
     policies, sizes = load_policies(run.folder, device), config.policy
     lines = evaluate_policies(policies, reflector, config.task, config.task_ids, config.evaluate.episodes, folder,
                               sizes.image_size, sizes.chunk_size, config.num_procs, config.virtual.stop, device)
-    results = compare(lines) | {"imagined": {}}
+    results = summarize(lines, config.virtual.stop) | {"imagined": {}}
     episodes = {name: load_episodes(folder / name) for name in policies}
     if config.evaluate.imagine:
         starts = ChunkData(episodes["cloned"], sizes.chunk_size, device)
@@ -355,6 +387,8 @@ def evaluate(config, run, folder, device):
         for name, policy in tqdm(policies.items(), desc="evaluate in imagination", unit="policy"):
             results["imagined"][name] = proportion(imagined_success(policy, world, reflector, starts, horizon,
                                                                     config.virtual.stop))
+    if rank():
+        return
     (folder / "videos").mkdir(exist_ok=True)
     for task in tqdm(config.task_ids, desc="videos", unit="task"):
         chosen = [episode for episode in episodes[list(policies)[-1]] if episode.task_id == task]
@@ -369,7 +403,8 @@ def finish(config, run):
     results |= read_json(run.path("evaluate") / "results.json")
     results |= {"world_model": read_json(run.path("simulate") / "held_out.json"),
                 "reflector": read_json(run.path("reflect") / "held_out.json"),
-                "videos": str(run.path("evaluate") / "videos"), "stages": run.seconds()}
+                "videos": str(run.path("evaluate") / "videos"), "stages": run.seconds(),
+                "control_steps": control_steps(run, config.rl_env)}
     write_json(run.folder / "results.json", results)
     report.learning_curves(run.folder / "curves.png", run.folder / "log.jsonl")
     text = report.results_table(results)
@@ -379,4 +414,5 @@ def finish(config, run):
 
 if __name__ == "__main__":
     with clear_errors():
+        distributed.start()
         train(parse(sys.argv[1:]))

@@ -42,7 +42,7 @@ from geometry import Cameras, action_map, ray_map, turn_between, warp_wrist
 from kinematics import (STATE_FEATURES, GraspPredictor, PosePredictor, draw_opening, moved, opening_bin, state_features,
                         surroundings, with_opening)
 from reflector import StopRule
-from runs import UserError, load_weights, read_json, save_model
+from runs import UserError, autocast, load_weights, read_json, save_model
 
 SIGMA_DATA = 1.0  # standard deviation of what is diffused: residual_std sees to it
 
@@ -197,7 +197,7 @@ class WorldModel(nn.Module):
         """Noisy residual (B, V*3, H, W) with noise levels (B,) -> clean residual. tokens: see `tokens`."""
         c_in, c_skip, c_out, c_noise = preconditioning(sigma.view(-1, 1, 1, 1))
         grid = F.pixel_unshuffle(torch.cat([c_in * x, context], dim=1), self.config.patch)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
+        with autocast(x.device):
             # The U-Net's time embedding is a sinusoid for steps 0 to 1000: spread c_noise over hundreds.
             attended = {} if tokens is None else {"encoder_hidden_states": tokens}
             output = self.unet(grid, 250 * c_noise.flatten(), class_labels=embedding, **attended).sample
@@ -251,28 +251,33 @@ def draw_sigmas(config: WorldModelConfig, B: int, generator: torch.Generator, de
     return log_sigma.exp().to(device)
 
 
-def noised(memory: Tensor, most: float, generator: torch.Generator) -> Tensor:
-    """Memory (B, F, V, 3, H, W) with noise on all but the first frame; each sample has its own level."""
-    level = torch.rand(len(memory), 1, 1, 1, 1, 1, generator=generator, device=generator.device) * most
-    noise = normal(memory[:, 1:].shape, generator, memory.device) * level.to(memory.device)
-    return torch.cat([memory[:, :1], memory[:, 1:] + noise], dim=1)
+def noised(images: Tensor, most: float, generator: torch.Generator) -> Tensor:
+    """Images (B, ..., 3, H, W) with noise; each sample has its own level."""
+    level = torch.rand(len(images), *[1] * (images.dim() - 1), generator=generator, device=generator.device) * most
+    return images + normal(images.shape, generator, images.device) * level.to(images.device)
 
 
-def world_model_loss(model: WorldModel, batch: dict, generator: torch.Generator) -> tuple[Tensor, dict]:
-    """EDM's loss on the residual + L1 of the hand's change in units of its scale. batch: `ChunkData.world_batch`."""
-    memory = noised(to_float(batch["memory"]), model.config.memory_noise, generator)
-    memory_states, next_state, actions = batch["memory_states"], batch["next_state"], batch["actions"]
+def world_model_loss(model: WorldModel, batch: dict, generator: torch.Generator, rows=slice(None)) -> tuple[Tensor, dict]:
+    """EDM's loss on the residual + L1 of the hand's change in units of its scale, for `rows` of the batch.
+
+    batch: `ChunkData.world_batch`. The noise is drawn for all of it: a row's does not depend on how it is cut.
+    """
+    memory = to_float(batch["memory"])  # the first frame stays clean: it anchors the scene
+    memory = torch.cat([memory[:, :1], noised(memory[:, 1:], model.config.memory_noise, generator)], dim=1)[rows]
+    target = to_float(batch["target"]).flatten(1, 2)  # (B, V*3, H, W)
+    sigma = draw_sigmas(model.config, len(target), generator, target.device)[rows]
+    noise = normal(target.shape, generator, target.device)[rows]
+    memory_states, next_state, actions = (batch[name][rows] for name in ("memory_states", "next_state", "actions"))
     state = memory_states[:, -1]
     base, context = model.condition(memory, memory_states, next_state)
-    clean = (to_float(batch["target"]).flatten(1, 2) - base) / model.residual_std  # (B, V*3, H, W)
-    sigma = draw_sigmas(model.config, len(clean), generator, clean.device)
-    noisy = clean + sigma.view(-1, 1, 1, 1) * normal(clean.shape, generator, clean.device)
+    clean = (target[rows] - base) / model.residual_std
+    noisy = clean + sigma.view(-1, 1, 1, 1) * noise
     denoised = model.denoise(noisy, sigma, context, model.embedding(state, next_state, actions), model.tokens(memory))
     error = (denoised - clean).square()  # (B, V*3, H, W)
     weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2  # 1 / c_out^2: all levels count alike
     denoising = weight * error.mean(dim=(1, 2, 3))  # (B,)
 
-    before, previous_actions, played, after = batch["transitions"]
+    before, previous_actions, played, after = (value[rows].flatten(0, 1) for value in batch["transitions"])  # N rows
     change = torch.cat([after[:, :3] - before[:, :3], turn_between(before, after)], dim=1)  # (N, 6)
     wrong = model.pose_predictor(state_features(before, model.normalizer), previous_actions, played) - change
     pose_loss = (wrong / model.pose_predictor.scale).abs().mean()
@@ -283,15 +288,15 @@ def world_model_loss(model: WorldModel, batch: dict, generator: torch.Generator)
         pixel_mse = (error * model.residual_std**2).mean(dim=(0, 2, 3)) / 4  # (V*3,), pictures in [0, 1]
         metrics = {"loss": loss, "pose_loss": pose_loss, "state_mm": wrong[:, :3].norm(dim=1).mean() * 1000,
                    "pixel_mse_agentview": pixel_mse[:3].mean(), "pixel_mse_wrist": pixel_mse[3:].mean()}
-        metrics |= {f"loss_{name}_noise": part.mean() for name, part in levels}
+        metrics |= {f"loss_{name}_noise": part.mean() for name, part in levels if len(part)}
     return loss, {name: value.item() for name, value in metrics.items()}
 
 
-def grasp_loss(model: WorldModel, batch: dict, generator: torch.Generator) -> tuple[Tensor, dict]:
-    """Cross-entropy of the fingers' opening after a chunk. batch: `ChunkData.pictures`, true and imagined ones."""
-    images = noised(to_float(batch["memory"]), model.config.memory_noise, generator)[:, -1]
-    state, target = batch["memory_states"][:, -1], opening_bin(batch["next_state"])
-    logits = model.grasp_logits(images, state, batch["previous_actions"], batch["actions"])
+def grasp_loss(model: WorldModel, batch: dict, generator: torch.Generator, rows=slice(None)) -> tuple[Tensor, dict]:
+    """Cross-entropy of the fingers' opening after a chunk. batch: `ChunkData.grasp_batch`, true and imagined pictures."""
+    images = noised(to_float(batch["images"]), model.config.memory_noise, generator)[rows]
+    target = opening_bin(batch["next_state"][rows])
+    logits = model.grasp_logits(images, *(batch[name][rows] for name in ("state", "previous_actions", "actions")))
     loss = F.cross_entropy(logits, target)
     return loss, {"loss": loss.item(), "accuracy": (logits.argmax(dim=1) == target).float().mean().item()}
 
@@ -316,13 +321,14 @@ class VirtualEnv(gym.vector.VectorEnv):
     at the stop or at the horizon, confirmed (`StopRule`). Slots nK ... nK + K - 1 are a group: they share their
     noise, step for step, so reset them together. `reflector.score(first, previous, current, instruction)` -> (b,)
     gets frames uint8 (b, V, 3, H, W); without a reflector nothing ends early, scores are NaN and rewards 0.
+    first, total: these are the slots from `first` on of `total`, the rest being other processes' (the same noise).
     """
     metadata = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
 
     def __init__(self, world_model: WorldModel, reflector, config: VirtualEnvConfig, num_envs: int,
-                 group_size: int = 1):
+                 group_size: int = 1, first: int = 0, total: int | None = None):
         self.model, self.reflector, self.config, self.num_envs = world_model, reflector, config, num_envs
-        self.group_size = group_size if config.shared_noise else 1
+        self.group_size, self.first, self.total = group_size if config.shared_noise else 1, first, total or num_envs
         size, L = world_model.config.image_size, world_model.config.chunk_size
         self.single_observation_space = gym.spaces.Dict({
             "images": gym.spaces.Box(0, 255, (2, 3, size, size), np.uint8),
@@ -373,13 +379,13 @@ class VirtualEnv(gym.vector.VectorEnv):
         next_state (B, 8): where the robot truly went; without it, it is predicted.
         """
         score = torch.full((self.num_envs,), torch.nan, device=self.device)
-        size, groups = self.model.config.image_size, -(-self.num_envs // self.group_size)
-        noise = normal((groups, 6, size, size), self.generator, self.device)  # for all slots, alive or not
+        size, groups = self.model.config.image_size, -(-self.total // self.group_size)
+        noise = normal((groups, 6, size, size), self.generator, self.device)  # for all slots, alive or not, here or not
         uniform = torch.rand(groups, generator=self.generator).to(self.device)
         uniform = 0.5 + (uniform - 0.5) * self.config.grasp_noise
         slots = self.alive.nonzero().flatten()  # (b,)
         if len(slots):
-            group = slots // self.group_size
+            group = (self.first + slots) // self.group_size
             given = None if next_state is None else next_state.to(self.device)[slots]
             self.imagine(slots, actions.to(self.device).float()[slots], noise[group], uniform[group], given)
         if len(slots) and self.reflector is not None:

@@ -44,8 +44,9 @@ def test_a_world_batch_pairs_memory_and_next_frame_with_the_chunks_around_them()
     assert batch["actions"][:, 0, 0].tolist() == [32, 0] and batch["previous_actions"][:, 7, 0].tolist() == [31, 0]
     many = data.world_batch(3, torch.Generator().manual_seed(0), transitions=50)
     assert len(many["target"]) == 3
-    state, previous, actions, after = many["transitions"]
-    assert len(state) == 50 and torch.equal(after[:, 0] - state[:, 0], torch.full((50,), 8.0))
+    assert {value.shape[:2] for value in many["transitions"]} == {(3, 16)}
+    state, previous, actions, after = (value.flatten(0, 1) for value in many["transitions"])
+    assert torch.equal(after[:, 0] - state[:, 0], torch.full((48,), 8.0))
     assert torch.equal(actions[:, 0, 0], state[:, 0]) and torch.equal(previous[:, 0, 0], (state[:, 0] - 8).clamp(min=0))
 
 
@@ -77,6 +78,14 @@ def test_a_chunk_that_runs_over_the_end_is_marked_invalid(stride):
     assert torch.equal(batch["valid"].sum(1).float(), (10 - start).clamp(max=8))
     actions = normalizer.unnormalize_action(batch["actions"])[:, 0, 0]
     assert torch.allclose(actions, start, atol=1e-4)
+
+
+def test_rollouts_start_before_contact_inside_episodes_and_at_their_openings():
+    episode = make_episode(steps=64, stride=8)  # done from frame 7 on
+    episode.states[:] = np.where(np.arange(9) < 5, 0.08, 0.0)[:, None] * np.eye(8)[6]  # the fingers are closed from frame 5 on
+    pools = ChunkData([episode], 8, "cpu").start_pools()
+    assert pools == {("opening", 3): [(0, 0)], ("midway", 3): [(0, t) for t in range(1, 7)],
+                     ("contact", 3): [(0, 1), (0, 2), (0, 3)]}
 
 
 def test_normalising_is_undone_and_leaves_the_gripper_alone():

@@ -1,10 +1,12 @@
 """Promises of the true simulator. One simulator is built for the whole file."""
+import contextlib
+
 import numpy as np
 import pytest
 import torch
 
 from geometry import camera_pose, project
-from libero_env import LiberoTask, initial_states, load_suite, merge_vertices, shrink, step_limit
+from libero_env import LiberoContext, LiberoTask, LiberoVectorEnv, initial_states, load_suite, merge_vertices, shrink, step_limit
 from runs import UserError
 
 
@@ -26,7 +28,43 @@ def test_an_initial_state_gives_the_same_trajectory_whatever_was_played_before(t
     first = play(task, actions)
     play(task, np.tile([1, -1, -1, 1, 1, 1, 1.0], (30, 1)))  # leaves the controller with a turned goal, the hand closed
     task.reset(seed=1, init_state=state)
-    assert np.allclose(play(task, actions), first, atol=1e-4)
+    assert np.array_equal(play(task, actions), first)
+
+
+def test_a_control_step_is_robosuites_to_the_bit(task):
+    actions = np.random.default_rng(1).uniform(-1, 1, (12, 7))
+    data = task.env.sim.data
+    task.reset(seed=3)
+    ours = [(task.step(action), data.qpos.copy(), data.qvel.copy(), task.state())[1:] for action in actions]
+    task.reset(seed=3)
+    for action, mine in zip(actions, ours):
+        task.env.step(action)
+        assert all(np.array_equal(a, b) for a, b in zip(mine, (data.qpos, data.qvel, task.state())))
+
+
+def test_leaving_out_what_is_not_in_view_changes_no_pixel(task, monkeypatch):
+    rng, left_out = np.random.default_rng(2), 0
+    task.reset(seed=4)
+    task.render()
+    model, update = task.env.sim.model._model, task._renderer.update_scene
+
+    def counted(*arguments):
+        nonlocal left_out
+        left_out += int((model.geom_group == 3).sum())
+        update(*arguments)
+    for _ in range(4):
+        play(task, rng.uniform(-1, 1, (6, 7)) * [1, 1, 1, 0.5, 0.5, 0.5, 1])
+        monkeypatch.setattr(task._renderer, "update_scene", counted)
+        fewer = task.render()
+        with monkeypatch.context() as patch:
+            patch.setattr(task, "_unseen_hidden", lambda camera: contextlib.nullcontext())
+            assert np.array_equal(fewer, task.render())
+    assert left_out > 50 and not (model.geom_group == 3).any()
+
+
+def test_a_state_of_another_scene_is_refused(task):
+    with pytest.raises(UserError, match="do not fit"):
+        task.reset(init_state=np.zeros(58))
 
 
 def test_seeds_place_objects_and_the_same_seed_places_them_the_same(task):
@@ -104,9 +142,27 @@ def test_frames_are_upright_and_averaged_down(task):
         shrink(frames, 50)
 
 
+def test_an_episode_is_taken_up_again_where_its_prefix_ends_and_is_cut_off_in_time():
+    env = LiberoVectorEnv("libero_object", 1, mesh_cell=0.006)
+    try:
+        actions = torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, (1, 3, 8, 7)))
+        frames = [env.reset([LiberoContext(0, seed=5)])[0]] + [env.step(actions[:, t])[0] for t in range(3)]
+        prefix = actions[0, :2].flatten(0, 1).numpy()
+        again, _ = env.reset([LiberoContext(0, seed=5, prefix=prefix, max_steps=8)])
+        after, _, terminated, truncated, _ = env.step(actions[:, 2])
+        for obs, t in ((again, 2), (after, 3)):
+            assert torch.allclose(obs["state"], frames[t]["state"], atol=1e-4) and (
+                obs["images"].int() - frames[t]["images"].int()).abs().float().mean() < 0.5
+        assert truncated[0] and not terminated[0]
+    finally:
+        env.close()
+
+
 def test_unknown_names_are_one_clear_line_that_lists_the_known_ones():
     with pytest.raises(UserError, match="libero_goal, libero_object"):
         load_suite("libero_objects")
+    with pytest.raises(UserError, match="no initial states for libero_object_temp"):
+        initial_states("libero_object_temp", 0)
     with pytest.raises(UserError, match="0 to 9"):
         LiberoTask("libero_object", 10)
     assert step_limit("libero_object") == step_limit("libero_object_swap") == 280 and step_limit("libero_10") == 520

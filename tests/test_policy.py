@@ -47,21 +47,29 @@ def test_log_prob_has_the_right_gradient():
     assert torch.autograd.gradcheck(lambda loc, log_b, a: ActionDistribution(loc, log_b).log_prob(a), inputs)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.3])
-def test_sampler_and_scorer_are_one_distribution(temperature):
+@pytest.mark.parametrize("temperature, by_chunk", [(1.0, False), (0.3, False), (0.3, True)])
+def test_sampler_and_scorer_are_one_distribution(temperature, by_chunk):
     """Neither half is enough: each misses a fault that the other sees."""
-    given = laplace(1, 1, 5)
-    loc = given.loc.expand(200_000, 1, 5).clone().requires_grad_()
-    log_scale = given.log_scale.expand(200_000, 1, 5).clone().requires_grad_()
-    distribution = ActionDistribution(loc, log_scale).tempered(temperature)
+    L = 3 if by_chunk else 1
+    given = laplace(1, L, 5)
+    loc = given.loc.expand(200_000, L, 5).clone().requires_grad_()
+    log_scale = given.log_scale.expand(200_000, L, 5).clone().requires_grad_()
+    distribution = ActionDistribution(loc, log_scale, by_chunk).tempered(temperature)
     log_prob = distribution.log_prob(distribution.sample(generator(5)))
-    closed_form = (1 + math.log(2) + given.log_scale + math.log(temperature)).sum()
+    log_b = given.log_scale.mean(1) + math.log(temperature)
+    closed_form = (1 + math.log(2) + log_b).sum()
     assert torch.allclose(distribution.entropy(), closed_form)
-    assert abs(-log_prob.mean() - closed_form) < 0.02
-    log_prob.sum().backward()
-    b = log_scale[0].detach().exp() * temperature
-    assert (loc.grad.mean(0) * b).abs().max() < 0.01
+    assert log_prob.shape == (200_000, L) and abs(-log_prob.mean() - closed_form) < 0.02
+    log_prob[:, 0].sum().backward()
+    assert (loc.grad.mean(0) * log_b.exp()).abs().max() < 0.01
     assert log_scale.grad.mean(0).abs().max() < 0.01
+
+
+def test_by_chunk_all_steps_move_alike():
+    given = ActionDistribution(*torch.randn(2, 2, 3, 4, generator=generator(1)), by_chunk=True)
+    error = given.sample(generator(2)) - given.loc
+    assert torch.allclose(error, error[:, :1].expand_as(error), atol=1e-6) and error.abs().min() > 0
+    assert torch.allclose(given.tempered(2.0).sample(generator(2)) - given.loc, 2 * error, atol=1e-5)
 
 
 def test_log_prob_is_torchs_laplace_and_sums_over_dimensions():

@@ -1,12 +1,14 @@
-"""Promises of report.py."""
+"""Promises of report.py and intervals.py."""
 import json
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from report import (fidelity_plots, fidelity_report, contact_sheet, film_strip, learning_curves, mcnemar_exact, paired_difference,
-                    results_table, wilson_interval)
+from evaluate import eval_info
+from intervals import (mcnemar_exact, over_seeds, paired_difference, stratified_bootstrap, summarize, wilson_interval)
+from reflector import StopRule
+from report import contact_sheet, fidelity_plots, fidelity_report, film_strip, learning_curves, results_table
 
 
 def pairs(both, lost, won, neither):
@@ -69,6 +71,74 @@ def test_paired_difference_covers_the_truth_about_95_times_in_100(n, table):
     assert 0.925 <= covered / 600 <= 0.995
 
 
+def test_the_bootstrap_draws_seeds_within_every_task():
+    apart = np.array([[0.0, 1.0], [1.0, 0.0]])  # each seed solves another task: both means are 0.5
+    low, high = stratified_bootstrap(apart)
+    assert (low, high) == (0.0, 1.0), "drawing whole seeds would always give 0.5"
+    assert stratified_bootstrap(np.array([[0.2, 1.0], [0.2, 1.0]])) == pytest.approx((0.6, 0.6)), "tasks must not be resampled"
+    rates = np.random.default_rng(0).normal(0.5, 0.1, (8, 10))
+    low, high = stratified_bootstrap(rates)
+    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(rates.var(0).sum() / 8) / 10, rel=0.05)
+    assert stratified_bootstrap(rates) == (low, high)
+
+
+def line(task, seed, reached, stopped, T=4):
+    """An episode of T chunks of 8 steps whose goal holds from chunk `reached` on, scored high from `stopped` on."""
+    chunks = np.arange(1, T + 1)
+    done, score = chunks >= (reached or 99), (chunks >= (stopped or 99)).astype(float)
+    return {"task_id": task, "seed": seed, "chunks": T, "steps": 8 * T, "oracle_stop": bool(done.any()),
+            "steps_to_oracle_stop": 8 * reached if reached else 8 * T, "self_stop": bool(done[(stopped or T) - 1]),
+            "steps_to_self_stop": 8 * (stopped or T), "success": done.astype(int).tolist(), "score": score.tolist(),
+            "seconds": 2.0}
+
+
+BEFORE = [line(0, 0, 2, 3), line(0, 1, None, None), line(7, 0, None, 2), line(7, 1, 3, None)]
+AFTER = [line(0, 0, 2, 3), line(0, 1, 4, 4), line(7, 0, 1, 2), line(7, 1, None, None)]
+RULE = StopRule(eta=0.5, confirm=1)
+
+
+def test_the_summary_of_an_evaluation_counts_by_task_and_by_stop():
+    results = summarize({"cloned": BEFORE, "post_trained": AFTER}, RULE)
+    assert results["policies"]["cloned"]["oracle_stop"] == rate(2, 4) | {"ci95": list(wilson_interval(2, 4))}
+    assert [results["per_task"]["post_trained"][task]["oracle_stop"]["successes"] for task in ("0", "7")] == [2, 1]
+    pair = results["paired"]["post_trained - cloned"]["oracle_stop"]
+    assert pair["difference"] == 0.25 and pair["mcnemar_p"] == mcnemar_exact([1, 0, 0, 1], [1, 1, 1, 0])
+    assert results["lengths"]["cloned"]["steps_to_oracle_stop"] == {"mean": 26.0, "median": 28.0, "max": 32}
+    judged = results["reflector_here"]["cloned"]  # frames 3 and 4 of the first are right, 2 to 4 of the third are not
+    assert (judged["precision"], judged["recall"]) == (2 / 5, 2 / 5)
+    assert (judged["false_stop_rate"], judged["missed_rate"], judged["stop_delay"]) == (1 / 4, 1 / 2, 1.0)
+    text = results_table({"task": "t", "preset": "p", "seed": 0, "instructions": {"7": "close the drawer"},
+                          "protocol": {"step limit": 280}, **results})
+    for row in ("| 7 close the drawer | 1/2 = **50%**", "mean 26.0, median 28, max 32", "| step limit | 280 |",
+                "| false stop rate | 0.25 | 0 |", "| difference | **+25 points**"):
+        assert row in text, row
+
+
+def test_one_stop_tells_nothing_of_the_other():
+    results = summarize({"cloned": BEFORE}, RULE, "oracle")
+    assert set(results["policies"]["cloned"]) == {"oracle_stop"} and "reflector_here" not in results
+    assert "| cloned | 2/4 = **50%** (15% to 85%) | – | – |" in results_table({"task": "t", "preset": "p", "seed": 0, **results})
+
+
+def test_several_seeds_give_a_mean_a_deviation_and_an_interval():
+    lines = {"a": {"cloned": BEFORE, "post_trained": AFTER}, "b": {"cloned": BEFORE, "post_trained": BEFORE}}
+    results = over_seeds(lines, "oracle")
+    assert results["post_trained"]["oracle_stop"]["rates"] == [0.75, 0.5]
+    assert results["post_trained"]["oracle_stop"]["std"] == pytest.approx(0.25 / np.sqrt(2))
+    assert results["difference"]["oracle_stop"]["mean"] == 0.125 and results["cloned"]["oracle_stop"]["std"] == 0
+    text = results_table({"task": "t", "preset": "p", "seed": "0, 1", "policies": {}, "over_seeds": results})
+    assert "| post-trained in imagination | **62.5%** ± 17.7% (50.0% to 75.0%); 75%, 50% | – |" in text
+
+
+def test_eval_info_has_lerobots_names():
+    info = eval_info(BEFORE, "libero_goal", "both", {7: ["a.gif"]})
+    assert info["overall"] == {"avg_sum_reward": 0.5, "avg_max_reward": 0.5, "pc_success": 50.0, "n_episodes": 4, "eval_s": 8.0,
+                               "eval_ep_s": 2.0, "video_paths": ["a.gif"]}
+    assert [task["task_id"] for task in info["per_task"]] == [0, 7] and info["per_task"][1]["task_group"] == "libero_goal"
+    assert info["per_task"][1]["metrics"]["successes"] == [False, True] and json.dumps(info)
+    assert eval_info([line(0, 0, 3, 2)], "libero_goal", "self", {})["overall"]["pc_success"] == 0.0  # it stops too early
+
+
 def rate(successes, episodes):
     return {"successes": successes, "episodes": episodes, "rate": successes / episodes,
             "ci95": wilson_interval(successes, episodes)}
@@ -78,10 +148,11 @@ RESULTS = {
     "task": "libero_object", "preset": "small", "seed": 3,
     "policies": {"cloned": {"oracle_stop": rate(27, 50), "self_stop": rate(22, 50)},
                  "post_trained": {"oracle_stop": rate(31, 50), "self_stop": rate(26, 50)}},
-    "paired": {"oracle_stop": {"difference": 0.08, "ci95": [-0.03, 0.19], "mcnemar_p": 0.289},
-               "self_stop": {"difference": 0.08, "ci95": [-0.04, 0.20], "mcnemar_p": 0.344}},
+    "paired": {"post_trained - cloned": {"oracle_stop": {"difference": 0.08, "ci95": [-0.03, 0.19], "mcnemar_p": 0.289},
+                                         "self_stop": {"difference": 0.08, "ci95": [-0.04, 0.20], "mcnemar_p": 0.344}}},
     "imagined": {"cloned": rate(200, 512), "post_trained": rate(340, 512)},
     "stages": {"demonstrate": 400.3, "clone": 3725, "evaluate": 33},
+    "control_steps": {"demonstrate": {"true": 6000}, "imagine": {"true": 0, "imagined": 120_000}, "evaluate": {"true": 5000}},
     "world_model": {"psnr_wrist_5_predicted": 24.12, "psnr_wrist_5_still": 20.0,
                     "psnr_wrist_5_shuffled": 17.0, "state_mm_1": 4.2, "episodes": 30},
     "reflector": {world: {"auroc": value, "stop_delay": None, "outcome": {"false_success": {"rate": 0.25}}}
@@ -105,12 +176,11 @@ def test_the_table_puts_both_worlds_and_both_stops_side_by_side():
     for row in ("| PSNR (dB), wrist, after 5 chunks | 24.1 | 20 | 17 |",
                 "| gripper position error (mm), after 1 chunk | 4.2 |  |  |", "| false success | 25% | 25% |",
                 "| auroc | 0.971 | 0.9 | success against", "| stop delay | – | – |", "runs/libero_object/videos",
-                "| clone | 1 h 2 min |",
-                "| demonstrate | 6 min 40 s |", "| evaluate | 33 s |"):
+                "| clone | 1 h 2 min | 0 | 0 |", "| demonstrate | 6 min 40 s | 6,000 | 0 |",
+                "| evaluate | 33 s | 5,000 | 0 |", "| **1 h 9 min** | **11,000** | **120,000** |"):
         assert row in text
-    assert "**1 h 9 min**" in text
     tables = [line for line in lines if line.startswith("|")]
-    assert {line.count("|") for line in tables} == {5, 3}
+    assert {line.count("|") for line in tables} == {5}
 
 
 def test_the_table_of_one_policy_alone_leaves_the_rest_out():
@@ -189,6 +259,9 @@ def test_contact_sheet_takes_a_short_rollout_and_missing_scores(tmp_path):
     true, imagined, low, _ = rollouts(T=1)
     contact_sheet(tmp_path / "a.png", true, imagined, low, np.full(1, np.nan), "title", True)
     film_strip(tmp_path / "a.gif", true, imagined, low, np.full(1, np.nan), "title", True)
+    film_strip(tmp_path / "b.gif", true, None, low, None, "no imagination", True)
+    contact_sheet(tmp_path / "b.png", true, None, low, None, "no imagination", True)
+    assert Image.open(tmp_path / "b.gif").height == 44 + 218 and Image.open(tmp_path / "b.png").height == 64 + 302 + 16
     sheet = np.asarray(Image.open(tmp_path / "a.png").convert("L"))
     assert sheet.shape[1] == 92 + 134
     assert sheet[328:344, 92:].min() < 250 and sheet[628:648, 92:].min() > 250  # a bar above, none below

@@ -22,11 +22,11 @@ def train_line(folder, steps, total=8, lr=0.1):
         if step >= steps:
             raise KeyboardInterrupt
         x = torch.randn(4, 1, generator=generator)
-        return x, 2 * x
+        return {"x": x, "y": 2 * x}
 
-    def loss_fn(model, batch, generator):
+    def loss_fn(model, batch, generator, rows):
         noise = 0.01 * torch.randn(4, 1, generator=generator)
-        loss = (model(batch[0]) + noise - batch[1]).square().mean()
+        loss = (model(batch["x"]) + noise - batch["y"])[rows].square().mean()
         return loss, {"loss": loss.item()}
 
     config = FitConfig(steps=total, lr=lr, warmup=2, save_every=2)

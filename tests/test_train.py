@@ -12,9 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from episodes import ChunkData, Episode
-from report import wilson_interval
-from train import start_pools
+from episodes import Episode
+from intervals import wilson_interval
+from openvla_tiny import write_checkpoint
+from config import TrainConfig
+from playing import grasp_retries
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--preset", "tiny", "--device", "cpu"]
@@ -52,7 +54,7 @@ def test_the_run_leaves_a_report_results_and_pictures(finished):
             assert cell["episodes"] == 2 and cell["rate"] == cell["successes"] / 2
             assert np.allclose(cell["ci95"], wilson_interval(cell["successes"], 2))
         assert results["imagined"][policy]["episodes"] == 2
-    assert set(results["paired"]["oracle_stop"]) == {"difference", "ci95", "mcnemar_p"}
+    assert set(results["paired"]["post_trained - cloned"]["oracle_stop"]) == {"difference", "ci95", "mcnemar_p"}
     assert list(results["stages"]) == ["demonstrate", "clone", "explore", "simulate", "reflect", "imagine", "evaluate"]
     assert (folder / "report.md").read_text().strip() in process.stdout
     for task in (0, 1):
@@ -151,15 +153,35 @@ def test_a_refresh_explores_with_the_last_policy_and_keeps_data_and_weights(fini
     refused(run("train.py", *TINY, "--refresh", tmp_path / "none", "--output_dir", tmp_path / "r"), "finished run folder")
 
 
-def test_rollouts_start_before_contact_inside_episodes_and_at_their_openings():
+def explored_episode(**fields):
+    """Nine frames, a chunk of 8 steps apart: the fingers are closed from frame 5 on, the task is done from frame 7 on."""
     states = np.zeros((9, 8), np.float32)
-    states[:5, 6] = 0.08  # the fingers are closed from frame 5 on
-    success = np.arange(9) >= 7
-    episode = Episode(images=np.zeros((9, 2, 3, 8, 8), np.uint8), states=states, actions=np.zeros((64, 7), np.float32),
-                      success=success, stride=8, task_id=3, instruction="pick", source="explore", seed=0)
-    pools = start_pools(ChunkData([episode], 8, "cpu"))
-    assert pools == {("opening", 3): [(0, 0)], ("midway", 3): [(0, t) for t in range(1, 7)],
-                     ("contact", 3): [(0, 2), (0, 3), (0, 4)]}
+    states[:5, 6] = 0.08
+    values = dict(images=np.zeros((9, 2, 3, 8, 8), np.uint8), states=states, actions=np.ones((64, 7), np.float32),
+                  success=np.arange(9) >= 7, stride=8, task_id=3, instruction="pick", source="explore", seed=100_009)
+    return Episode(**values | fields)
+
+
+def test_only_training_episodes_that_grasp_are_taken_up_again_and_just_before_it():
+    never, held_out = np.zeros((9, 8), np.float32), 100_002
+    never[:, 6] = 0.08
+    episodes = [explored_episode(), explored_episode(states=never), explored_episode(seed=held_out)]
+    contexts = grasp_retries(episodes, TrainConfig())
+    assert [(context.task_id, context.seed, context.take) for context in contexts] == [(3, 100_009, 1), (3, 100_009, 2)]
+    for context in contexts:
+        start = len(context.prefix) // 8
+        assert 2 <= start <= 4 and start * 8 + context.max_steps == 64  # to three chunks after frame 5
+    assert len({len(context.prefix) for context in contexts}) == 2
+
+
+def test_a_pretrained_policy_is_cloned_and_post_trained_by_the_same_stages(finished, tmp_path):
+    checkpoint, folder = write_checkpoint(tmp_path / "checkpoint"), copy_of(finished, tmp_path, ["clone", "imagine", "evaluate"])
+    process = run("train.py", *TINY, "--stages", "clone", "imagine", "--policy.backbone", checkpoint, "--ppo.lora_rank", 2,
+                  "--clone.steps", 2, "--clone.batch_size", 2, "--ppo.iterations", 1, "--ppo.groups", 1, "--ppo.group_size", 2,
+                  "--output_dir", folder)
+    assert process.returncode == 0, process.stderr
+    start, end = (load_file(folder / stage / "model.safetensors") for stage in ("clone", "imagine"))
+    assert all(name.startswith("scale_head.") for name in start) and any(name.endswith("q_proj.b") for name in end)
 
 
 def test_both_worlds_are_looked_at_between_rl_iterations(finished, tmp_path):
@@ -174,13 +196,50 @@ def test_both_worlds_are_looked_at_between_rl_iterations(finished, tmp_path):
 
 
 def test_evaluate_is_a_command_of_its_own_that_goes_on_where_it_was(finished):
-    command = ["evaluate.py", "--checkpoint", finished[0], "--task_ids", 0, "--episodes", 1, "--device", "cpu"]
-    first = run(*command)
+    command = ["evaluate.py", "--checkpoint", finished[0], "--task_ids", 0, "--device", "cpu", "--videos", 1, "--episodes"]
+    first = run(*command, 1)
     assert first.returncode == 0, first.stderr
-    folder = finished[0] / "eval_libero_object_1"
+    folder = finished[0] / "eval_libero_object"
     lines = (folder / "post_trained" / "episodes.jsonl").read_text()
-    assert json.loads((folder / "results.json").read_text())["policies"]["cloned"]["self_stop"]["episodes"] == 1
-    assert run(*command).returncode == 0 and (folder / "post_trained" / "episodes.jsonl").read_text() == lines
+    results = json.loads((folder / "results.json").read_text())
+    assert results["policies"]["cloned"]["self_stop"]["episodes"] == 1 and results["per_task"]["cloned"].keys() == {"0"}
+    report = (folder / "report.md").read_text()
+    for words in ("settling steps | 10", "mujoco 3", "robosuite 1", "greedy", "pick up the alphabet soup", "false stop rate"):
+        assert words in report, words
+    info = json.loads((folder / "cloned" / "eval_info.json").read_text())
+    assert Path(info["overall"]["video_paths"][0]).stat().st_size > 10_000 and info["overall"]["eval_s"] > 1
+    assert run(*command, 1, "--policy", "post_trained").returncode == 0
+    assert (folder / "post_trained" / "episodes.jsonl").read_text() == lines
+    assert run(*command, 2, "--policy", "post_trained").returncode == 0
+    longer = (folder / "post_trained" / "episodes.jsonl").read_text()
+    assert longer.startswith(lines) and len(longer.splitlines()) == 2
+    refused(run(*command, 2, "--output_dir", folder, "--sample"), "--sample False")
+
+
+def test_the_same_seed_gives_the_same_episodes_whatever_the_number_of_processes(finished, tmp_path):
+    """To the bit, noise included, on two tasks of a suite whose fixtures are placed anew at every reset."""
+    command = ["evaluate.py", "--checkpoint", finished[0], "--task", "libero_goal", "--task_ids", 0, 5, "--episodes", 2,
+               "--policy", "cloned", "--sample", "--stop", "oracle", "--device", "cpu"]
+    for count in (1, 2):
+        process = run(*command, "--num_procs", count, "--output_dir", tmp_path / str(count))
+        assert process.returncode == 0, process.stderr
+    for path in (tmp_path / "1" / "cloned").glob("*.npz"):
+        a, b = (np.load(tmp_path / count / "cloned" / path.name) for count in "12")
+        assert all(np.array_equal(a[key], b[key]) for key in a.files), path.name
+    lines = [json.loads(line) for line in (tmp_path / "1" / "cloned" / "episodes.jsonl").read_text().splitlines()]
+    assert len(lines) == 4 and all(line["seed"] in (0, 1) and line["task_id"] in (0, 5) for line in lines)
+
+
+def test_two_checkpoints_are_compared_on_the_same_states(finished, tmp_path):
+    other = copy_of(finished, tmp_path)
+    process = run("evaluate.py", "--checkpoint", finished[0], other, "--task_ids", 1, "--episodes", 1, "--stop", "self",
+                  "--policy", "cloned", "--device", "cpu", "--output_dir", tmp_path / "both")
+    assert process.returncode == 0, process.stderr
+    results = json.loads((tmp_path / "both" / "results.json").read_text())
+    assert results["paired"] == {"copy/cloned - tiny/cloned": results["paired"]["copy/cloned - tiny/cloned"]}
+    assert results["over_seeds"]["cloned"]["self_stop"]["std"] == 0 and "## Over seeds" in process.stdout
+    a, b = ((tmp_path / "both" / name / "cloned" / "task01_seed000000.npz").read_bytes() for name in ("tiny", "copy"))
+    assert a == b
 
 
 def test_world_measures_the_imagination_on_episodes_of_its_own_and_goes_on_where_it_was(finished):
@@ -229,8 +288,10 @@ def test_bad_names_and_folders_are_refused(tmp_path):
     refused(run("train.py", "--task", "libero_objects", "--output_dir", tmp_path / "a"), "libero_object")
     refused(run("train.py", *TINY, "--task_ids", 12, "--output_dir", tmp_path / "b"), "from 0 to 9")
     refused(run("train.py", *TINY, "--stages", "clone", "--output_dir", tmp_path / "c"), "add demonstrate to --stages")
+    refused(run("train.py", *TINY, "--policy.backbone", "a/b", "--output_dir", tmp_path / "c"), "--ppo.lora_rank 32")
     refused(run("train.py", *TINY, "--demos", tmp_path / "none", "--output_dir", tmp_path / "d"), "not a folder")
     refused(run("evaluate.py", "--checkpoint", tmp_path / "nothing"), "does not exist")
+    refused(run("evaluate.py", "--checkpoint", tmp_path / "nothing", "--episodes", 0), "1 or more")
     with h5py.File(tmp_path / "pick_up_the_alphabet_soup_and_place_it_in_the_basket_demo.hdf5", "w") as file:
         file.create_group("data")
     refused(run("train.py", *TINY, "--demos", tmp_path, "--output_dir", tmp_path / "e"), "demonstration file")

@@ -126,7 +126,7 @@ def toy_batch(B, seed=0, size=16):
     none = torch.zeros_like(actions)
     return {"memory": frame[:, None].expand(-1, 4, *frame.shape[1:]), "target": draw(place + shift), "actions": actions,
             "memory_states": state[:, None].expand(B, 4, 8), "next_state": state + moved, "previous_actions": none,
-            "transitions": [state, none, actions, state + moved]}
+            "transitions": [value[:, None] for value in (state, none, actions, state + moved)]}
 
 
 def test_overfits_one_batch_and_then_a_shuffled_action_makes_it_worse():
@@ -164,6 +164,7 @@ def test_the_loss_depends_on_its_generator_alone():
 
 def test_the_opening_is_seen_and_learned_apart_from_the_pictures():
     model, batch = make_model(), toy_batch(4)
+    batch |= {"images": batch["memory"][:, -1], "state": batch["memory_states"][:, -1]}
     loss, metrics = grasp_loss(model, batch, torch.Generator().manual_seed(0))
     loss.backward()
     learned = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.grad is not None

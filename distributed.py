@@ -1,0 +1,81 @@
+"""Several processes, one a GPU, that train one model. torchrun starts them; without it nothing here does anything.
+
+    torchrun --nproc_per_node=4 train.py --task libero_object
+
+Every process holds all models and data. All of them draw the same random numbers, for the whole batch, and compute with
+their own rows of it; gradients are added up. So N processes learn what one does, up to the order of sums. Only dropout
+draws differ. Episodes are shared out whole; rank 0 alone writes the run folder and is heard.
+"""
+from __future__ import annotations
+
+import os
+import sys
+from datetime import timedelta
+from functools import partialmethod
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def start():
+    """Join the processes that torchrun has started: NCCL adds up what lies on GPUs, gloo all else."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(days=1))
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+
+
+def shard(items):
+    """This process's part of a list: neighbours; the parts' lengths differ by one at most."""
+    here, count = rank(), world_size()
+    return items[len(items) * here // count:len(items) * (here + 1) // count]
+
+
+def gather(value) -> list:
+    """Everyone's value, by rank. Small things: they are pickled and go over the CPU."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def barrier():
+    """Wait for everyone."""
+    gather(None)  # on the CPU: NCCL's own barrier gives up after ten minutes
+
+
+def sum_gradients(parameters):
+    """Add everyone's gradients up. A parameter that nobody has a gradient for keeps none, so that it stays as it is."""
+    if world_size() == 1:
+        return
+    parameters = list(parameters)
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    used = grads[0].new_tensor([p.grad is not None for p in parameters])
+    flat = torch.cat([*(grad.flatten() for grad in grads), used])  # one message instead of hundreds
+    dist.all_reduce(flat)
+    *sums, used = flat.split([*(p.numel() for p in parameters), len(parameters)])
+    for p, total, count in zip(parameters, sums, used.tolist()):
+        p.grad = total.view_as(p) if count else None
+
+
+def first_to_fail() -> bool:
+    """True in the first process that asks. It tells the user what went wrong; the others break off because it ended."""
+    if not dist.is_initialized():
+        return True
+    try:
+        return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+    except RuntimeError:  # the store has gone with its process
+        return False

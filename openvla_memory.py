@@ -1,0 +1,91 @@
+"""What an OpenVLA-OFT policy needs of a card: bytes of weights, gradients, Adam and activations, without any weights.
+
+Everything is counted from shapes on torch's meta device: the real `openvla.OpenVLAPolicy`, its real forward pass, and what
+autograd would keep of it. Not counted: CUDA itself (about 1 GB), the allocator's fragments, the world simulator and the
+reflector (under 1 GB at 64 pixels). OFT's authors report 16 GB for inference, 25 GB for LoRA at batch 1, 62 GB at batch 8.
+
+Shapes: B samples in a forward pass, V views, L action-chunk length, A action dimensions, D width, N tokens.
+
+Try it:  python openvla_memory.py --batch 1 8
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from unittest.mock import patch
+
+import torch
+import tyro
+
+from episodes import Normalizer
+from openvla import FULL_SIZE, OpenVLAPolicy, check_memory, size_of
+from policy import PolicyConfig
+from ppo import add_lora
+from runs import clear_errors
+
+USES = {"inference": "inference", "evaluate": "evaluation, which holds two policies", "scale": "training the scale head",
+        "lora": "RL or fine-tuning by LoRA"}
+
+
+@dataclass
+class Arguments:
+    """Print what an OpenVLA-OFT policy of full size needs."""
+    batch: tuple[int, ...] = (1, 4, 8)  # samples in a forward pass: --clone.batch_size, --ppo.microbatch
+    rank: int = 32  # of LoRA
+    cards: tuple[int, ...] = (24, 48, 80, 141)  # GB
+
+
+def memory(sizes, batch, rank, dtype="bfloat16") -> dict[str, int]:
+    """{one of USES: bytes} at `batch` samples in a forward pass, for a checkpoint's config.json `sizes`."""
+    with torch.device("meta"):
+        policy = OpenVLAPolicy(PolicyConfig(dtype=dtype), sizes, Normalizer([-1.0] * 7, [1.0] * 7, [-1.0] * 8, [1.0] * 8))
+    D, wide = policy.backbone.config.hidden_size, policy.backbone.config.intermediate_size
+
+    def training():  # parameters, their gradients, two moments of Adam
+        return size_of(policy) + 3 * sum(4 * p.numel() for p in policy.parameters() if p.requires_grad)
+
+    passing = batch * 604 * (4 * wide + 8 * D) * policy.dtype.itemsize  # one layer at a time, nothing is kept
+    counted = {"inference": size_of(policy) + passing, "evaluate": 2 * size_of(policy) + passing,
+               "scale": training() + passing}
+    add_lora(policy, rank)
+    return counted | {"lora": training() + activations(policy, batch)}
+
+
+def activations(policy, batch) -> int:
+    """Bytes that a forward pass of a policy on the meta device keeps for the backward pass."""
+    weights, kept, D = {p.untyped_storage()._cdata for p in policy.parameters()}, {}, policy.backbone.config.hidden_size
+    policy.embedded = lambda words, slots: (torch.zeros(batch, 31 + slots, D, dtype=policy.dtype, device="meta"),
+                                            torch.full((batch, 1), 30 + slots))  # prompts have about 30 tokens
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    images, state = torch.zeros(batch, 2, 3, 64, 64, device="meta"), torch.zeros(batch, 8, device="meta")
+    # A fused attention kernel keeps four tensors as large as q, and so does this product.
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), \
+            patch("torch.nn.functional.scaled_dot_product_attention", lambda q, k, v, **_: q * k * v):
+        policy.features(images, state, [""] * batch)
+    return sum(storage.nbytes() for key, storage in kept.items() if key not in weights)
+
+
+def check_training(policy, batch, rank, device, flag):
+    """UserError where training with `batch` samples in a forward pass (`flag` sets it) does not fit `device`."""
+    rank = policy.config.lora_rank or rank
+    needed = memory(policy.sizes, batch, rank or 1, policy.config.dtype)["lora" if rank else "scale"]
+    there = size_of(policy) if policy.device.type == device.type else 0
+    check_memory(needed - there, device, f"to train with {batch} samples at once",
+                 f"lower {flag}, or take a larger card (python openvla_memory.py)")
+
+
+def main(arguments: Arguments):
+    print(f"{'':38} batch       GB  fits a card of")
+    for batch in arguments.batch:
+        for use, needed in memory(FULL_SIZE, batch, arguments.rank).items():
+            cards = [f"{card} GB" for card in arguments.cards if needed / 1e9 < 0.95 * card - 1]  # CUDA itself, fragments
+            print(f"{USES[use]:38} {batch:5} {needed / 1e9:8.1f}  {', '.join(cards) or 'none of them'}")
+    print("Weights, gradients, Adam and what the forward pass keeps; the world simulator and the reflector come on top.")
+
+
+if __name__ == "__main__":
+    with clear_errors():
+        main(tyro.cli(Arguments))

@@ -1,0 +1,147 @@
+"""Episodes in the true simulator: played by all processes at once, each kept as it ends.
+
+An episode depends on its context, the policy and `seed` alone, to the bit. What is played therefore depends neither on the
+number of processes nor on where an earlier start was stopped.
+
+Shapes: T time in chunks; images (T+1, V, 3, H, W).
+"""
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from distributed import gather, rank, shard, world_size
+from episodes import Episode, first_closing, load_episodes
+from libero_env import LiberoContext, LiberoVectorEnv
+from ppo import rollout
+from runs import read_log, step_generator
+
+
+def grasp_retries(episodes, config) -> list[LiberoContext]:
+    """The training episodes again, from one to three chunks before their fingers first closed to three chunks after."""
+    contexts, L = [], config.policy.chunk_size
+    for number, episode in enumerate(episodes):
+        closing = first_closing(episode.states)
+        if not closing or episode.seed % 1000 < config.explore.held_out:
+            continue
+        for take in range(1, 1 + config.explore.retries):
+            start = max(0, closing - 1 - (number + take) % 3)
+            contexts.append(LiberoContext(episode.task_id, episode.seed, prefix=episode.actions[:start * L], take=take,
+                                          max_steps=(closing + 3 - start) * L))
+    return contexts
+
+
+def play(policy, env: LiberoVectorEnv, contexts, folder, source, seed, temperatures=None) -> list[dict]:
+    """Play every context once in the true simulator; one `.npz` and one line of `episodes.jsonl` an episode, as it ends.
+
+    temperatures: one for each context, multiplying the policy's scale b; None plays greedily.
+
+    Finished episodes are kept and not played again. Each process plays at its own pace, whole tasks where it can, because a
+    simulator takes seconds to build. The policy sees every episode alone (a batch would change the last bits) and its noise
+    comes from `seed` and the context. Returns all lines, in the order of `contexts`.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path, lock, playing = folder / "episodes.jsonl", threading.Lock(), {}  # playing: the task that a process is at
+    lines = gather(read_lines(path) if rank() == 0 else None)[0]  # as it is before any of torchrun's processes adds to it
+    files = [f"task{context.task_id:02d}_seed{context.seed:06d}{f'_{context.take}' if context.take else ''}.npz"
+             for context in contexts]
+    todo = [episode for episode in zip(files, contexts, temperatures or [1.0] * len(contexts)) if episode[0] not in lines]
+    done, todo = len(contexts) - len(todo), list(shard(sorted(todo, key=lambda episode: episode[1].task_id)))
+
+    def serve(slot: LiberoVectorEnv):
+        while True:
+            with lock:
+                if not todo:
+                    return
+                file, context, heat = episode = next_episode(todo, playing, slot)
+                todo.remove(episode)
+                playing[slot] = context.task_id
+            start = time.time()
+            noise = step_generator(seed, 100_000_000 * (context.take + 100 * context.task_id) + context.seed)
+            played = rollout(policy, slot, [context], temperatures is None, heat, noise)
+            line = save_episode(played, folder / file, context, source, slot, heat if temperatures else 0.0)
+            with lock, open(path, "a") as log:
+                line["seconds"] = round((time.time() - start) / env.num_envs / world_size(), 3)  # its share of the wall time
+                lines[file] = line
+                log.write(json.dumps(line) + "\n")
+                bar.update()
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the cores are busy with the simulators
+    with tqdm(total=done + len(todo), initial=done, desc=folder.name.removesuffix(".tmp"),
+              unit="episode") as bar, ThreadPoolExecutor(env.num_envs) as pool:
+        try:
+            for done in as_completed([pool.submit(serve, slot) for slot in env.single_slots()]):
+                done.result()
+        finally:
+            with lock:
+                todo.clear()  # stopped by Ctrl-C or an error: what is being played ends and is kept
+            torch.set_num_threads(threads)
+    for others in gather(lines):
+        lines |= others
+    return [lines[file] for file in files]
+
+
+def next_episode(todo, playing, slot):
+    """Of the task that this process is at; else of one that none is at; else of the one with most episodes left."""
+    left = Counter(context.task_id for _, context, _ in todo)
+    task = playing.get(slot)
+    if task not in left:
+        task = next((other for other in left if other not in playing.values()), max(left, key=left.get))
+    return next(episode for episode in todo if episode[1].task_id == task)
+
+
+def control_steps(run, rl_env) -> dict[str, dict[str, int]]:
+    """{stage: {"true" or "imagined": control steps that a finished run's stage took}}; training on records takes none."""
+    played = {stage: sum(line["steps"] + line.get("before", 0) for path in sorted((run.folder / stage).glob(pattern))
+                         for line in read_lines(path).values())
+              for stage, pattern in (("explore", "episodes.jsonl"), ("imagine", "check_*/episodes.jsonl"),
+                                     ("evaluate", "*/episodes.jsonl"))}
+    recorded = load_episodes(run.path("demonstrate") / "episodes")
+    steps = {"demonstrate": {"true": sum(len(episode.actions) for episode in recorded)},
+             **{stage: {"true": count} for stage, count in played.items()}}
+    world = "true" if rl_env == "libero" else "imagined"
+    learned = sum(int(record.get("control_steps", 0)) for (stage, _), record in
+                  read_log(run.folder / "log.jsonl").items() if stage == "imagine")
+    steps["imagine"][world] = steps["imagine"].get(world, 0) + learned
+    return steps
+
+
+def read_lines(path) -> dict[str, dict]:
+    """{file: line of episodes.jsonl}. A last line that a kill has cut short is taken off the file."""
+    whole = [line for line in (path.read_text() if path.exists() else "").splitlines(keepends=True) if line.endswith("\n")]
+    if path.exists() and path.stat().st_size != len("".join(whole).encode()):
+        temporary = path.with_name(path.name + ".writing")
+        temporary.write_text("".join(whole))
+        temporary.replace(path)
+    return {line["file"]: line for line in map(json.loads, whole)}
+
+
+def save_episode(played, path, context, source, env, temperature) -> dict:
+    """Write a rollout of one context as an `Episode`; return its line of `episodes.jsonl`."""
+    T = int(played.valid[0].sum())
+    success, score = played.success[0, :T].cpu().numpy(), played.score[0, :T].cpu().numpy()
+    whole = min(T, env.max_steps // env.chunk_size)  # a last chunk that the step limit cut short is not kept
+    Episode(images=played.images[0, :whole + 1].cpu().numpy(), states=played.states[0, :whole + 1].cpu().numpy(),
+            actions=played.env_actions[0, :whole].flatten(0, 1).cpu().numpy(),
+            success=np.concatenate([[False], success[:whole]]), stride=env.chunk_size, task_id=context.task_id,
+            instruction=played.instruction[0], source=source, seed=context.seed,
+            temperature=temperature).save(path)
+    steps, reached = env.lengths(0)
+    stops = np.flatnonzero(env.rule.stops(score)) if env.rule else []
+    stop = int(stops[0]) if len(stops) else T - 1
+    return {"file": path.name, "task_id": context.task_id, "seed": context.seed, "chunks": T, "steps": steps,
+            "before": 0 if context.prefix is None else len(context.prefix),
+            "oracle_stop": reached is not None, "steps_to_oracle_stop": reached or steps,
+            "self_stop": bool(success[stop]), "steps_to_self_stop": min((stop + 1) * env.chunk_size, steps),
+            "stopped_at": stop + 1 if len(stops) else None, "success": success.astype(int).tolist(),
+            "score": [None if np.isnan(value) else round(float(value), 3) for value in score]}

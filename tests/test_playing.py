@@ -1,0 +1,105 @@
+"""Promises of playing.py, on a made-up simulator."""
+import json
+
+import pytest
+import torch
+
+from libero_env import LiberoContext
+from playing import play, read_lines
+from policy import ActionDistribution
+
+CONTEXTS = [LiberoContext(task, seed) for task in (0, 1, 2) for seed in range(3)]
+
+
+class Slot:
+    """Episodes of three chunks; the state is the sum of all actions."""
+    num_envs, chunk_size, max_steps, rule = 1, 2, 6, None
+
+    def __init__(self, broken, log):
+        self.broken, self.log = broken, log
+
+    def observe(self):
+        return {"images": torch.zeros(1, 1, 3, 2, 2, dtype=torch.uint8), "state": self.state, "instruction": ["do it"]}
+
+    def reset(self, contexts, mask=None):
+        (context,), self.steps = contexts, 0
+        if (context.task_id, context.seed) == self.broken:
+            raise RuntimeError("the simulator died")
+        self.log.append(context.task_id)
+        self.state = torch.full((1, 8), float(context.task_id + context.seed))
+        return self.observe(), {}
+
+    def step(self, actions):
+        self.steps += 2
+        self.state = self.state + actions.sum()
+        over = torch.tensor([self.steps == 6])
+        return self.observe(), over.float(), over & False, over, {"score": torch.tensor([float("nan")]), "success": over}
+
+    def lengths(self, i):
+        return self.steps, self.steps
+
+
+class Env(Slot):
+    def __init__(self, num_envs, broken=None):
+        super().__init__(broken, None)
+        self.num_envs, self.logs = num_envs, [[] for _ in range(num_envs)]
+
+    def single_slots(self):
+        return [Slot(self.broken, log) for log in self.logs]
+
+
+class Noisy(torch.nn.Module):
+    def forward(self, obs):
+        return ActionDistribution(obs["state"][:, None, :7].expand(-1, 2, 7), torch.zeros(len(obs["state"]), 2, 7))
+
+    def env_actions(self, actions):
+        return actions
+
+
+def played(folder, env, contexts=CONTEXTS, seed=0):
+    lines = play(Noisy(), env, contexts, folder, "test", seed, [1.0] * len(contexts))
+    return [(line["file"], torch.from_numpy(read(folder / line["file"]))) for line in lines]
+
+
+def read(path):
+    from episodes import Episode
+    return Episode.load(path).actions
+
+
+def same(a, b):
+    return [name for name, _ in a] == [name for name, _ in b] and all(torch.equal(x, y) for (_, x), (_, y) in zip(a, b))
+
+
+def test_an_episode_is_the_same_whatever_the_number_of_processes(tmp_path):
+    one, three, other = (played(tmp_path / str(n), Env(n), seed=seed) for n, seed in ((1, 0), (3, 0), (2, 1)))
+    assert same(one, three) and not same(one, other)
+    assert len({tuple(actions.flatten().tolist()) for _, actions in one}) == 9, "two episodes shared their noise"
+
+
+def test_a_process_stays_with_a_task_as_long_as_it_can(tmp_path):
+    env = Env(1)
+    played(tmp_path, env)
+    assert env.logs == [[0] * 3 + [1] * 3 + [2] * 3]
+
+
+def test_every_episode_is_kept_as_it_ends_and_a_second_start_goes_on_behind_it(tmp_path):
+    with pytest.raises(RuntimeError, match="died"):
+        played(tmp_path / "a", Env(1, broken=(1, 1)))
+    before = (tmp_path / "a" / "episodes.jsonl").read_text()
+    assert [json.loads(line)["file"] for line in before.splitlines()] == [
+        "task00_seed000000.npz", "task00_seed000001.npz", "task00_seed000002.npz", "task01_seed000000.npz"]
+    env = Env(1)
+    resumed = played(tmp_path / "a", env)
+    assert env.logs == [[1, 1, 2, 2, 2]] and (tmp_path / "a" / "episodes.jsonl").read_text().startswith(before)
+    assert same(resumed, played(tmp_path / "b", Env(1)))
+
+
+def test_a_line_that_a_kill_cut_short_is_played_again(tmp_path):
+    played(tmp_path, Env(1))
+    path = tmp_path / "episodes.jsonl"
+    whole = path.read_text()
+    path.write_text(whole[:-20])
+    assert len(read_lines(path)) == 8 and path.read_text() == "".join(whole.splitlines(keepends=True)[:8])
+    env = Env(1)
+    played(tmp_path, env)
+    assert env.logs == [[2]] and len(path.read_text().splitlines()) == 9
