@@ -104,7 +104,6 @@ class LiberoTask:
 
     def reset(self, seed=0, init_state=None):
         """Start an episode: from `init_state` (D,), or from placements drawn with `seed` as the benchmark's were.
-
         No state holds where fixtures stand (stove, cabinet: they move by a few mm), so every reset draws that from `seed`.
         """
         if init_state is None:
@@ -121,8 +120,8 @@ class LiberoTask:
 
     def _soft_reset(self, seed, joint_noise):
         np.random.seed(seed)  # LIBERO's placement samplers use numpy's global generator
-        for fixture in self.env.env.fixtures_dict.values():  # what stands on one is placed relative to its last place:
-            body = self.env.sim.model._model.body(fixture.root_body)  # a new model has it at the origin
+        for fixture in self.env.env.fixtures_dict.values():  # LIBERO places what stands on one as if it were at the origin
+            body = self.env.sim.model._model.body(fixture.root_body)
             body.pos[:], body.quat[:] = 0, (1, 0, 0, 0)
         robot = self.env.robots[0]
         robot.initialization_noise["magnitude"] = joint_noise
