@@ -232,9 +232,13 @@ class Expert:
         return centres[part], way / np.linalg.norm(way), 0.0
 
     def misfit(self, name, region) -> float:
-        """The turn (rad) that brings a long object (a book) into line with a narrow region; 0 where it does not matter."""
+        """The turn (rad) that brings a long object (a book) into line with a narrow region, or the palm into line with a
+        drawer, clear of its cabinet; 0 where it does not matter."""
         if region in self.things:
             return 0.0
+        if self.world.object_sites_dict[region].joints:
+            way = self.handle(region)[1]
+            return (np.arctan2(way[1], way[0]) - self.yaw() + np.pi / 2) % np.pi - np.pi / 2
         site = self.data.get_site_xmat(region) * self.world.object_sites_dict[region].size
         wide = np.abs(site[:2]).sum(axis=1)
         xy = self.cloud[name][:, :2]
