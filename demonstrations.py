@@ -1,4 +1,4 @@
-"""Demonstrations: a scripted expert for LIBERO, and LIBERO's own HDF5 files, written and read.
+"""Demonstrations of the scripted expert (expert.py), and LIBERO's own HDF5 files, written and read.
 
 The paper clones from five human demonstrations a task. Those files are read where the user has them; if not,
 the expert below makes files of the same layout (a departure: scripted, not human). It knows the true poses of
@@ -12,7 +12,7 @@ Two things to know about LIBERO's files:
    one more settling step, so that the first frame is in them too.
 2. Pictures are stored as OpenGL leaves them, upside down.
 
-Shapes: T rows of a file, V camera views, H, W image; P points, Y candidate yaws.
+Shapes: T rows of a file, V camera views, H, W image.
 Try it:  python demonstrations.py --suite libero_object --tries 5
 """
 from __future__ import annotations
@@ -24,131 +24,14 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-from scipy.spatial.transform import Rotation
 
 from episodes import Episode
+from expert import Expert
 from libero_env import NO_OP, RENDER_SIZE, LiberoTask, load_suite, shrink, step_limit
 from runs import UserError, clear_errors
 
-POINTING_DOWN = Rotation.from_rotvec([np.pi, 0, 0])  # the hand's; its fingers then open along y
-FINGER_DEPTH = 0.03  # m from the grip point up to the palm: an object's top must not reach further
-PALM = np.array([0.11, 0.04])  # m: half its length, in the direction that the fingers open in, and depth
-WIDEST_GRIP = 0.068  # m: what fits between the fingers, which open 0.08
 PUSH_RATE = 0.06  # probability, at a control step, that a burst of pushes starts
 DONE_STEPS = 9  # a demonstration ends when its goal has held this long: it shows what "done" looks like
-
-
-# -----------------------------------------------------------------------------------------------------------
-# The expert: three skills (grasp, carry, retreat); the state of the simulator says which
-# -----------------------------------------------------------------------------------------------------------
-class Expert:
-    """`action()` is what to do now. It sets `may_push`: False where a push ruins a grasp or a release."""
-
-    def __init__(self, task, rng):
-        self.task, self.world = task, task.env.env  # robosuite's environment, inside LIBERO's wrapper
-        self.hover = rng.uniform(0.19, 0.25)  # m above the support: height of the approach
-        self.clearance = rng.uniform(0.02, 0.05)  # m between the carried object and the rim that it passes
-        self.speed = rng.uniform(0.8, 1.0)  # largest motion command
-        self.goals = self.world.parsed_problem["goal_state"]
-        for predicate, *_ in self.goals:
-            if predicate != "in":
-                raise UserError(f"the scripted expert cannot do '{predicate}' goals yet: use --task "
-                                "libero_object, or give recorded demonstrations with --demos")
-        self.boxes = {name: self.collision_boxes(name) for name in self.world.objects_dict}
-        self.support = min(self.corners(name)[:, 2].min() for _, name, _ in self.goals)
-
-    def action(self) -> np.ndarray:
-        """(7,) in [-1, 1]: a proportional step towards the target of the skill that the state calls for."""
-        state = self.task.state().astype(np.float64)
-        self.position, self.opening = state[:3], state[6] - state[7]
-        self.rotation = Rotation.from_rotvec(state[3:6])
-        open_goals = [goal for goal in self.goals if not self.world._eval_predicate(goal)]
-        _, name, region = (open_goals or self.goals)[0]
-        self.holding = self.holds(name)
-        if self.holding:
-            target, yaw, gripper = self.carry(name, region)
-        elif np.linalg.norm(self.middle(name)[:2] - self.site(region)[:2]) < 0.05:
-            target, yaw, gripper = self.retreat()
-        else:
-            target, yaw, gripper = self.grasp(name)
-        motion = np.concatenate([(target - self.position) / 0.05, self.turn_to(yaw) / 0.5])
-        motion *= min(1.0, self.speed / np.abs(motion).max())  # as a whole: the path stays straight
-        return np.append(motion, gripper)
-
-    def grasp(self, name):
-        """Above the object, down, close. The height is a funnel: centred and turned, the hand sinks."""
-        corners, middle = self.corners(name), self.middle(name)
-        target = np.array([*middle[:2], max(middle[2], corners[:, 2].max() - FINGER_DEPTH)])
-        yaw = self.grip_yaw(name, target)
-        aside = np.linalg.norm(target[:2] - self.position[:2]) + 0.05 * np.linalg.norm(self.turn_to(yaw))
-        above = self.position[2] - target[2]
-        closing = self.opening < 0.072  # once the fingers move, a small slip no longer opens them
-        reached = aside < (0.02 if closing else 0.008) and abs(above) < (0.02 if closing else 0.01)
-        self.may_push = above > 0.08
-        if not reached:
-            target[2] += np.clip(6 * (aside - 0.005), 0, self.support + self.hover - target[2])
-        return target, yaw, 1.0 if reached else -1.0
-
-    def carry(self, name, region):
-        """Up, over the rim, down to it, let go. The higher the object, the faster it may go sideways."""
-        bottom = self.corners(name)[:, 2].min()
-        rim = self.corners(self.world.object_sites_dict[region].parent_name)[:, 2].max()
-        offset = self.site(region)[:2] - self.middle(name)[:2]
-        aside = np.linalg.norm(offset)
-        below = self.position[2] - bottom  # how far the object hangs under the grip point
-        travel, release = rim + self.clearance + below, max(rim, self.support + 0.03 + below)
-        height = np.clip((bottom - self.support) / (rim - self.support), 0, 1)
-        target = np.array([*(self.position[:2] + height ** 2 * offset), release])
-        target[2] += np.clip(6 * (aside - 0.01), 0, travel - release)
-        let_go = aside < 0.02 and self.position[2] < release + 0.012
-        self.may_push = aside > 0.06 and height > 0.3
-        return target, 0.0, -1.0 if let_go else 1.0
-
-    def retreat(self):
-        """Fingers open, straight up."""
-        self.may_push = False
-        return np.array([*self.position[:2], self.support + self.hover + 0.1]), 0.0, -1.0
-
-    # What the expert measures -------------------------------------------------------------------------------
-    def collision_boxes(self, name):
-        """Ids (G,) of an object's collision shapes and the corners (G, 8, 3) of the boxes around them."""
-        model = self.world.sim.model._model
-        ids = np.array([model.geom(geom).id for geom in self.world.objects_dict[name].contact_geoms])
-        centre, half = model.geom_aabb[ids, None, :3], model.geom_aabb[ids, None, 3:]  # (G, 1, 3)
-        return ids, centre + half * np.stack(np.meshgrid(*[[-1, 1]] * 3), axis=-1).reshape(8, 3)
-
-    def corners(self, name) -> np.ndarray:
-        """(P, 3) corners of the boxes around an object's collision shapes, in the world."""
-        (ids, corners), data = self.boxes[name], self.world.sim.data
-        rotation = data.geom_xmat[ids].reshape(-1, 3, 3)
-        return (data.geom_xpos[ids, None] + corners @ rotation.transpose(0, 2, 1)).reshape(-1, 3)
-
-    def middle(self, name) -> np.ndarray:
-        corners = self.corners(name)
-        return (corners.min(axis=0) + corners.max(axis=0)) / 2
-
-    def site(self, region) -> np.ndarray:
-        return self.world.sim.data.get_site_xpos(region)
-
-    def holds(self, name) -> bool:
-        fingers = self.world.robots[0].gripper.important_geoms
-        sides = [fingers["left_finger"], fingers["right_finger"]]
-        return self.opening < 0.075 and self.world._check_grasp(sides, self.world.objects_dict[name])
-
-    def grip_yaw(self, name, target) -> float:
-        """The smallest turn (rad) at which the fingers span the object and the palm meets no neighbour."""
-        yaws = np.radians(np.arange(-90, 91, 5))  # (Y,)
-        across = np.stack([-np.sin(yaws), np.cos(yaws)])  # (2, Y) the direction that the fingers open in
-        along = np.stack([np.cos(yaws), np.sin(yaws)])
-        excess = np.ptp(self.corners(name)[:, :2] @ across, axis=0) - WIDEST_GRIP
-        others = np.concatenate([self.corners(other) for other in self.boxes if other != name])
-        others = others[others[:, 2] > target[2] + FINGER_DEPTH - 0.01, :2] - target[:2]
-        met = (np.abs(others @ across) < PALM[0]) & (np.abs(others @ along) < PALM[1])  # (P, Y)
-        return yaws[np.argmin(np.abs(yaws) + 1000 * excess.clip(0) + 100 * met.any(axis=0))]
-
-    def turn_to(self, yaw) -> np.ndarray:
-        """(3,) axis-angle, in the world, from the hand's rotation to pointing down with this yaw."""
-        return (Rotation.from_euler("z", yaw) * POINTING_DOWN * self.rotation.inv()).as_rotvec()
 
 
 # -----------------------------------------------------------------------------------------------------------

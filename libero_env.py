@@ -104,12 +104,10 @@ class LiberoTask:
 
     def reset(self, seed=0, init_state=None):
         """Start an episode: from `init_state` (D,), or from placements drawn with `seed` as the benchmark's were.
-
         No state holds where fixtures stand (stove, cabinet: they move by a few mm), so every reset draws that from `seed`.
         """
         if init_state is None:
-            for _ in range(2):  # what lies on a fixture is placed by where that stood BEFORE the reset
-                self._soft_reset(seed, joint_noise=0.02)
+            self._soft_reset(seed, joint_noise=0.02)
             init_state = self.env.get_sim_state()
         # A reset must come before the state is set: it gives the controller its goal. With another goal the hand turns
         # by up to 20 degrees while it settles.
@@ -122,6 +120,9 @@ class LiberoTask:
 
     def _soft_reset(self, seed, joint_noise):
         np.random.seed(seed)  # LIBERO's placement samplers use numpy's global generator
+        for fixture in self.env.env.fixtures_dict.values():  # LIBERO places what stands on one as if it were at the origin
+            body = self.env.sim.model._model.body(fixture.root_body)
+            body.pos[:], body.quat[:] = 0, (1, 0, 0, 0)
         robot = self.env.robots[0]
         robot.initialization_noise["magnitude"] = joint_noise
         robot.gripper.current_action = np.zeros(robot.gripper.dof)  # a soft reset forgets this one

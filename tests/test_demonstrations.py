@@ -115,3 +115,15 @@ def test_expert_solves_a_fresh_placement_and_its_file_is_read_back(tmp_path, mon
     task.reset(seed=7000)
     assert np.allclose(episode.states[0], task.state(), atol=2e-3)  # the first frame is the start
     task.env.close()
+
+
+@pytest.mark.parametrize("suite, task_id, kind", [("libero_spatial", 2, "on"), ("libero_goal", 0, "open"),
+                                                  ("libero_goal", 7, "turnon")])
+def test_expert_does_one_task_of_each_kind(suite, task_id, kind):
+    task = LiberoTask(suite, task_id)
+    try:
+        assert kind in [goal[0] for goal in task.env.env.parsed_problem["goal_state"]]
+        rows = demonstrations.expert_episode(task, seed=0, render=False)
+        assert rows is not None and rows["rewards"][-demonstrations.DONE_STEPS:].all() and not rows["rewards"][0]
+    finally:
+        task.close()

@@ -166,3 +166,15 @@ def test_unknown_names_are_one_clear_line_that_lists_the_known_ones():
     with pytest.raises(UserError, match="0 to 9"):
         LiberoTask("libero_object", 10)
     assert step_limit("libero_object") == step_limit("libero_object_swap") == 280 and step_limit("libero_10") == 520
+
+
+def test_seeded_resets_put_things_on_their_fixture_again_and_again():
+    task = LiberoTask("libero_spatial", 9)  # the bowl on the cabinet
+    try:
+        for seed in (0, 1):
+            task.reset(seed=seed)
+            bowl = task.env.sim.data.get_body_xpos("akita_black_bowl_1_main")
+            top = task.env.sim.data.get_site_xpos("wooden_cabinet_1_top_side")
+            assert np.abs(bowl - top)[:2].max() < 0.13 and abs(bowl[2] - top[2]) < 0.01
+    finally:
+        task.close()
