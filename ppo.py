@@ -272,7 +272,7 @@ def update(policy, optimizer, played, advantage, config, generator):
                 old_log_prob[index] = score(index)[0]
     metrics = {"log_prob_gap": float((old_log_prob - played.log_prob[row, time]).abs().mean()) * (len(row) / count)}
     ratio_first = None
-    for step in (step for epoch in epochs for step in epoch):
+    for number, step in enumerate(step for epoch in epochs for step in epoch):
         policy.zero_grad(set_to_none=True)
         for index in map(ours, step):
             if not len(index):
@@ -282,12 +282,14 @@ def update(policy, optimizer, played, advantage, config, generator):
             loss, parts = ppo_loss(log_prob[:, None], old_log_prob[index][:, None], advantage[row[index]],
                                    everything, config.clip_coef)
             (loss * len(index) / sum(map(len, step))).backward()
-            ratio_first = ratio_first or float(parts["ratio"])
+            if number == 0 and ratio_first is None:
+                ratio_first = float(parts["ratio"])
             for name, value in {**parts, "entropy": entropy.detach().mean()}.items():
                 share = len(index) / (count * config.epochs)
                 metrics[name] = metrics.get(name, 0.0) + float(value) * share
         clip_and_step(optimizer, config)
     everyone = gather(metrics)
+    ratio_first = next(value for value in gather(ratio_first) if value is not None)  # of one that shared the first step
     return {name: sum(part[name] for part in everyone) for name in metrics} | {"ratio_first": ratio_first}
 
 
