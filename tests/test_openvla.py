@@ -401,7 +401,7 @@ def test_ppo_updates_lora_and_the_heads_alone(checkpoint, dtype):
                      distribution.log_prob(action)[:, None], torch.ones(2, 1, dtype=torch.bool), torch.tensor([0.0, 1.0]),
                      torch.zeros(2, 1, dtype=torch.bool), torch.zeros(2, 1), torch.ones(2, dtype=torch.bool))
     before = {name: value.clone() for name, value in policy.state_dict().items()}
-    config = PPOConfig(lr_backbone=1e-3, lr_heads=1e-4, warmup=1, epochs=2)
+    config = PPOConfig(temperature=1.0, chunk_noise=False, lr_backbone=1e-3, lr_heads=1e-4, warmup=1, epochs=2)
     optimizer = make_optimizer(policy, config)
     metrics = update(policy, optimizer, played, torch.tensor([-1.0, 1.0]), config, torch.Generator().manual_seed(0))
     assert metrics["ratio_first"] == 1 and metrics["log_prob_gap"] < 1e-4
