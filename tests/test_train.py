@@ -222,7 +222,7 @@ def test_evaluate_is_a_command_of_its_own_that_goes_on_where_it_was(finished):
 
 def test_the_same_seed_gives_the_same_episodes_whatever_the_number_of_processes(finished, tmp_path):
     """To the bit, noise included, on two tasks of a suite whose fixtures are placed anew at every reset."""
-    command = ["evaluate.py", "--checkpoint", finished[0], "--task", "libero_goal", "--task_ids", 0, 5, "--episodes", 2,
+    command = ["evaluate.py", "--checkpoint", finished[0], "--task", "libero_spatial", "--task_ids", 0, 5, "--episodes", 1,
                "--policy", "cloned", "--sample", "--stop", "oracle", "--device", "cpu"]
     for count in (1, 2):
         process = run(*command, "--num_procs", count, "--output_dir", tmp_path / str(count))
@@ -231,7 +231,7 @@ def test_the_same_seed_gives_the_same_episodes_whatever_the_number_of_processes(
         a, b = (np.load(tmp_path / count / "cloned" / path.name) for count in "12")
         assert all(np.array_equal(a[key], b[key]) for key in a.files), path.name
     lines = [json.loads(line) for line in (tmp_path / "1" / "cloned" / "episodes.jsonl").read_text().splitlines()]
-    assert len(lines) == 4 and all(line["seed"] in (0, 1) and line["task_id"] in (0, 5) for line in lines)
+    assert sorted((line["task_id"], line["seed"]) for line in lines) == [(0, 0), (5, 0)]
 
 
 def test_two_checkpoints_are_compared_on_the_same_states(finished, tmp_path):
