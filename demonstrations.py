@@ -1,10 +1,9 @@
 """Demonstrations of the scripted expert (expert.py), and LIBERO's own HDF5 files, written and read.
 
 The paper clones from five human demonstrations a task. Those files are read where the user has them; if not,
-the expert below makes files of the same layout (a departure: scripted, not human). It knows the true poses of
-all objects and is otherwise a memoryless policy: no clock, no phase, the simulator's state alone decides, so
-that a memoryless clone can imitate it. The arm is pushed now and then; `actions` in the files hold what the expert
-wanted (the policy learns that), `executed_actions` what the arm was told (the world simulator learns that).
+the expert makes files of the same layout (a departure: scripted, not human). The arm is pushed now and then;
+`actions` in the files hold what the expert wanted (the policy learns that), `executed_actions` what the arm was
+told (the world simulator learns that).
 
 Two things to know about LIBERO's files:
 1. Row t holds action t and the observation AFTER it (create_dataset.py; LIBERO issue 54), but `states` holds

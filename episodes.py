@@ -14,7 +14,6 @@ import torch
 from runs import UserError
 
 VIEWS = ("agentview", "wrist")
-CLOSING = 0.072  # m: fingers less open than this have begun to close
 MEMORY = 4  # F: frames at 0, 1/3 and 2/3 of the history, and the last one (EnerVerse-AC's sparse memory)
 CLOSING = 0.072  # m: fingers less open than this have begun to close
 
@@ -260,13 +259,13 @@ class ChunkData:
     def start_pools(self) -> dict[tuple[str, int], list]:
         """Frames to start from, by kind and task: first ones ("opening"), those two to four chunks before the fingers
         first close ("contact"), and all later ones ("midway"); only where the task is not done and was not."""
-        pools = {}
+        pools, closings = {}, [first_closing(track.states) for track in self.tracks]
         for k, t in self.index:
-            track, task, closing = self.tracks[k], self.episodes[k].task_id, first_closing(self.tracks[k].states)
-            if track.success[:t + 1].any():
+            task = self.episodes[k].task_id
+            if self.tracks[k].success[:t + 1].any():
                 continue
             pools.setdefault(("midway" if t else "opening", task), []).append((k, t))
-            if closing is not None and 2 <= closing - t <= 4:
+            if closings[k] is not None and 2 <= closings[k] - t <= 4:
                 pools.setdefault(("contact", task), []).append((k, t))
         return pools
 

@@ -28,6 +28,7 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
+from tqdm import tqdm
 
 import report
 from distributed import gather, shard
@@ -57,6 +58,11 @@ def pick_device(name) -> torch.device:
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
+def load_model(kind, folder, device):
+    """A world model or a reflector that a stage has saved, ready for use."""
+    return kind.from_pretrained(folder).to(device).eval()
+
+
 def load_policies(folder, device, which="both") -> dict:
     """The policies that a run holds: `cloned`, and `post_trained` if its imagine stage is done; or one of the two."""
     stages = {"cloned": Path(folder) / "clone", "post_trained": Path(folder) / "imagine"}
@@ -80,18 +86,18 @@ def evaluate_policies(policies, reflector, suite, task_ids, episodes, folder, im
         if episodes > len(states):
             raise UserError(f"{suite} has {len(states)} initial states a task: --episodes must not be above that")
         contexts += [LiberoContext(task, seed=i, init_state=states[i]) for i in range(episodes)]
-    env = None
+    if stop == "oracle":
+        reflector = rule = None  # nobody asks them
+    env, lines = None, {}
     try:
-        lines = {}
         for name, policy in policies.items():
             settings = {"task": suite, "stop": stop, "sample": sample, "seed": seed if sample else None,
-                        "rule": None if stop == "oracle" else asdict(rule), "weights": fingerprint(policy),
-                        "reflector": None if stop == "oracle" else fingerprint(reflector), "versions": versions()}
+                        "rule": rule and asdict(rule), "weights": fingerprint(policy),
+                        "reflector": reflector and fingerprint(reflector), "versions": versions()}
             check_settings(Path(folder) / name, settings)
             write_json(Path(folder) / name / "settings.json", settings)
-            env = env or LiberoVectorEnv(suite, num_procs, image_size, chunk_size, stop=stop, device=device,
-                                         reflector=None if stop == "oracle" else reflector,
-                                         rule=None if stop == "oracle" else rule)
+            env = env or LiberoVectorEnv(suite, num_procs, image_size, chunk_size, stop=stop, reflector=reflector,
+                                         rule=rule, device=device)
             lines[name] = play(policy, env, contexts, Path(folder) / name, "evaluate", seed,
                                [1.0] * len(contexts) if sample else None)
         return lines
@@ -170,6 +176,17 @@ def film(world, reflector, episode, path, title):
         frames[1], scores[1] = np.moveaxis(imagined.images, 2, -1), np.concatenate([scores[0][:1], imagined_scores])
     report.film_strip(path.with_suffix(".gif"), *frames, *scores, title, bool(episode.success.any()))
     report.contact_sheet(path.with_suffix(".png"), *frames, *scores, title, bool(episode.success.any()))
+
+
+def film_some(rows, folder, to, count, world, reflector) -> dict[int, list[str]]:
+    """Film the first `count` episodes of every task, from lines of `play` in `folder`, into `to`; -> {task: paths}."""
+    videos = {}
+    for line in tqdm([line for line in rows if line["seed"] < count], desc="videos", unit="episode", disable=not count):
+        to.mkdir(exist_ok=True)
+        path, episode = to / f"task{line['task_id']:02d}_{line['seed']}", Episode.load(folder / line["file"])
+        film(world, reflector, episode, path, episode.instruction)
+        videos.setdefault(line["task_id"], []).append(str(path.with_suffix(".gif")))
+    return videos
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -281,8 +298,8 @@ def main(arguments: Arguments):
     if len(runs) > 1:
         raise UserError("--benchmark takes one --checkpoint")
     (run,), (trained,), policies = runs, trained, load_policies(runs[0], device)
-    world, reflector = (kind.from_pretrained(run / stage).to(device).eval()
-                        for kind, stage in ((WorldModel, "simulate"), (Reflector, "reflect")))
+    world = load_model(WorldModel, run / "simulate", device)
+    reflector = load_model(Reflector, run / "reflect", device)
     if arguments.benchmark:
         speeds = benchmark(policies, world, reflector, suite, task_ids[0], load_episodes(run / "explore")[:4],
                            policies["cloned"].config.image_size, num_procs, device)
@@ -306,7 +323,7 @@ def evaluate_runs(arguments, runs, trained, suite, task_ids, num_procs, device):
         policies = load_policies(run, device, arguments.policy)
         reflector = None
         if arguments.stop != "oracle":
-            reflector = Reflector.from_pretrained(run / "reflect").to(device).eval()
+            reflector = load_model(Reflector, run / "reflect", device)
         sizes, rule = next(iter(policies.values())).config, StopRule(**config["virtual"]["stop"])
         folder = output if len(runs) == 1 else output / name if arguments.output_dir else run / base
         locks += [Run(folder)] if folder != output else []
@@ -315,9 +332,9 @@ def evaluate_runs(arguments, runs, trained, suite, task_ids, num_procs, device):
                                         arguments.seed)
         world = None
         if arguments.videos and reflector and suite == config["task"] and (run / "simulate").is_dir():
-            world = WorldModel.from_pretrained(run / "simulate").to(device).eval()
+            world = load_model(WorldModel, run / "simulate", device)
         for policy, rows in lines[name].items():
-            videos = film_some(rows, folder / policy, arguments.videos, world, reflector)
+            videos = film_some(rows, folder / policy, folder / policy / "videos", arguments.videos, world, reflector)
             write_json(folder / policy / "eval_info.json", eval_info(rows, suite, arguments.stop, videos))
     flat, pairs = lines[names[0]], None
     if len(runs) > 1:  # the policies of a run against each other; with two runs also each against its namesake
@@ -338,19 +355,6 @@ def evaluate_runs(arguments, runs, trained, suite, task_ids, num_procs, device):
     text = report.results_table(results)
     (output / "report.md").write_text(text)
     print(text + f"\nWritten to {output}: report.md, results.json; beside the episodes: eval_info.json")
-
-
-def film_some(rows, folder, count, world, reflector) -> dict[int, list[str]]:
-    """Film the first `count` episodes of every task; -> {task: paths}."""
-    videos = {}
-    for line in rows:
-        if line["seed"] < count:
-            (folder / "videos").mkdir(exist_ok=True)
-            path = folder / "videos" / f"task{line['task_id']:02d}_{line['seed']}"
-            episode = Episode.load(folder / line["file"])
-            film(world, reflector, episode, path, episode.instruction)
-            videos.setdefault(line["task_id"], []).append(str(path.with_suffix(".gif")))
-    return videos
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from __future__ import annotations
 import numpy as np
 from scipy.spatial.transform import Rotation
 
+from episodes import CLOSING
+
 DOWN = Rotation.from_rotvec([np.pi, 0, 0])  # the hand's rotation when it points down; its fingers open along y
 HALF_TURNS = Rotation.identity(), Rotation.from_rotvec([0, 0, np.pi])
 UP = np.array([0.0, 0.0, 1.0])
@@ -25,7 +27,6 @@ FINGER = np.array([0.06, 0.013])  # an open finger: how far it reaches across, h
 FINGER_DEPTH = 0.03  # from the grip point up to the palm
 FINGERTIP = 0.016  # from the grip point down to the tips
 PALM = np.array([0.105, 0.036])  # half its length, in the direction that the fingers open in, and depth
-CLOSING = 0.072  # fingers less open than this have begun to close
 SPACING = 0.02  # between the points that stand for a collision shape
 
 

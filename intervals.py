@@ -8,7 +8,7 @@
                           Wilson intervals by the outcomes' correlation, and unlike Wald's has a width at 0/n.
 - `stratified_bootstrap`  95 % interval of a mean over seeds (Agarwal et al., NeurIPS 2021, "rliable"): seeds are drawn
                           with replacement, in every task anew. It holds for a NEW seed; Wilson's for these weights.
-`summarize` puts them together from the lines of `evaluate.play`. All without scipy.
+`summarize` puts them together from the lines of `playing.play`. All without scipy.
 
 Try it:  python -m pytest tests/test_report.py
 """

@@ -309,7 +309,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
             images, state, instruction = self._receive(i)
             self._slots[i] = {"first": images, "previous": images, "images": images, "state": state, "steps": 0,
                               "max_steps": contexts[i].max_steps or self.max_steps, "instruction": instruction,
-                              "once": False, "since": 0, "scores": [], "over": False, "reached": None}
+                              "reached": None, "since": 0, "scores": [], "over": False}
         return self._observe(), self._info()
 
     def step(self, actions):
@@ -322,22 +322,22 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
         success = torch.zeros(self.num_envs, dtype=torch.bool)
         for i in playing:
             slot, (images, state, held) = self._slots[i], self._receive(i)
-            if held.any() and not slot["once"]:
+            slot["since"] += slot["reached"] is not None  # chunks since the goal was first reached
+            if held.any() and slot["reached"] is None:
                 slot["reached"] = slot["steps"] + int(held.argmax()) + 1
             slot |= {"previous": slot["images"], "images": images, "state": state, "steps": slot["steps"] + len(held)}
-            slot["since"] += slot["once"]  # chunks since the goal was first reached
-            slot["once"] |= bool(held.any())
             success[i] = bool(held[-1])
         info = self._info(success)
         for i in playing:
             slot = self._slots[i]
             slot["scores"].append(float(info["score"][i]))
             stopped = self.stop != "oracle" and bool(self.rule.stops(np.array(slot["scores"])).any())
-            reached = slot["once"] and slot["since"] >= self.linger
-            terminated[i] = {"oracle": reached, "self": stopped, "both": reached and stopped}[self.stop]
+            once = slot["reached"] is not None
+            enough = once and slot["since"] >= self.linger
+            terminated[i] = {"oracle": enough, "self": stopped, "both": enough and stopped}[self.stop]
             truncated[i] = slot["steps"] >= slot["max_steps"] and not terminated[i]
             slot["over"] = bool(terminated[i] or truncated[i])
-            reward[i] = float(slot["over"] and (success[i] if self.stop == "self" else slot["once"]))
+            reward[i] = float(slot["over"] and (success[i] if self.stop == "self" else once))
         return self._observe(), *(tensor.to(self.device) for tensor in (reward, terminated, truncated)), info
 
     def lengths(self, i) -> tuple[int, int | None]:
@@ -366,7 +366,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
                 score = self.reflector.score(self._gather("first"), self._gather("previous"), self._gather("images"),
                                              [slot["instruction"] if slot else "" for slot in self._slots]).cpu()
         success = torch.zeros(self.num_envs, dtype=torch.bool) if success is None else success
-        once = torch.tensor([bool(slot and slot["once"]) for slot in self._slots])
+        once = torch.tensor([bool(slot and slot["reached"] is not None) for slot in self._slots])
         return {"success": success.to(self.device), "success_once": once.to(self.device), "score": score.to(self.device)}
 
     def _receive(self, i):

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from distributed import gather, rank, shard, world_size
-from episodes import Episode, first_closing, load_episodes
+from episodes import Episode, first_closing
 from libero_env import LiberoContext, LiberoVectorEnv
 from ppo import rollout
 from runs import read_log, step_generator
@@ -106,8 +106,11 @@ def control_steps(run, rl_env) -> dict[str, dict[str, int]]:
                          for line in read_lines(path).values())
               for stage, pattern in (("explore", "episodes.jsonl"), ("imagine", "check_*/episodes.jsonl"),
                                      ("evaluate", "*/episodes.jsonl"))}
-    recorded = load_episodes(run.path("demonstrate") / "episodes")
-    steps = {"demonstrate": {"true": sum(len(episode.actions) for episode in recorded)},
+    recorded = 0
+    for path in (run.path("demonstrate") / "episodes").glob("*.npz"):
+        with np.load(path) as arrays:
+            recorded += len(arrays["actions"])  # and not the pictures
+    steps = {"demonstrate": {"true": recorded},
              **{stage: {"true": count} for stage, count in played.items()}}
     world = "true" if rl_env == "libero" else "imagined"
     learned = sum(int(record.get("control_steps", 0)) for (stage, _), record in

@@ -46,7 +46,8 @@ def results_table(results: dict) -> str:
 
     task, preset, seed; policies{cloned, post_trained, ...}{oracle_stop, self_stop}{successes, episodes, rate,
     ci95}; paired{"after - before"}{oracle_stop, self_stop}{difference, ci95, mcnemar_p}; imagined{cloned,
-    post_trained}{as in policies}; stages{name: seconds}; reflector, world_model: their metrics; videos: their folder;
+    post_trained}{as in policies}; stages{name: seconds}; control_steps{name: {true, imagined}};
+    reflector, world_model: their metrics; videos: their folder;
     per_task, lengths, reflector_here: see `intervals.summarize`; over_seeds: see there; protocol{name: value}.
     """
     parts = [f"# {results['task']} · preset {results['preset']} · seed {results['seed']}",

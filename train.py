@@ -29,7 +29,7 @@ from config import STAGES, TrainConfig, parse, stage_settings
 from demonstrations import collect_demonstrations, read_demonstrations
 from distributed import barrier, gather, rank, shard, world_size
 from episodes import ChunkData, CloneData, Episode, Normalizer, StartContext, joined, load_episodes
-from evaluate import evaluate_policies, film, imagined_success, load_policies, pick_device
+from evaluate import evaluate_policies, film_some, imagined_success, load_model, load_policies, pick_device
 from fidelity import (check_trust, frame_logits, frame_scores, horizon_errors, imagine_episodes, outcome_agreement,
                       reflector_quality)
 from geometry import Cameras
@@ -37,7 +37,7 @@ from intervals import proportion, summarize
 from libero_env import LiberoContext, LiberoTask, LiberoVectorEnv, load_suite, step_limit
 from openvla import OpenVLAPolicy, load_policy
 from openvla_memory import check_training
-from playing import control_steps, grasp_retries, play
+from playing import control_steps, grasp_retries, play, read_lines
 from policy import Policy, clone_loss
 from ppo import add_lora, improve, make_optimizer, merge_lora
 from reflector import Reflector, calibrate, reflector_loss
@@ -172,7 +172,8 @@ def explore(config, run, folder, device):
     if config.refresh:  # its episodes are kept; the new ones open another thousand
         if not gather((folder / "episodes.jsonl").exists())[0]:  # rank 0 decides: it copies
             keep("explore", config, folder)
-        first = 1000 * (1 + max(episode.seed for episode in load_episodes(Path(config.refresh) / "explore")) // 1000)
+        before = read_lines(Path(config.refresh) / "explore" / "episodes.jsonl")
+        first = 1000 * (1 + max(line["seed"] for line in before.values()) // 1000)
     contexts = [LiberoContext(task, first + number) for task in config.task_ids for number in range(config.explore.episodes)]
     heat = config.explore.temperatures
     temperatures = [heat[number % len(heat)] for _ in config.task_ids for number in range(config.explore.episodes)]
@@ -274,7 +275,7 @@ def load_world(config, run, device):
 
 
 def frozen(model_class, folder, config, device):
-    return compiled(model_class.from_pretrained(folder).to(device).eval().requires_grad_(False), config)
+    return compiled(load_model(model_class, folder, device).requires_grad_(False), config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -379,9 +380,8 @@ def evaluate(config, run, folder, device):
     lines = evaluate_policies(policies, reflector, config.task, config.task_ids, config.evaluate.episodes, folder,
                               sizes.image_size, sizes.chunk_size, config.num_procs, config.virtual.stop, device)
     results = summarize(lines, config.virtual.stop) | {"imagined": {}}
-    episodes = {name: load_episodes(folder / name) for name in policies}
     if config.evaluate.imagine:
-        starts = ChunkData(episodes["cloned"], sizes.chunk_size, device)
+        starts = ChunkData(load_episodes(folder / "cloned"), sizes.chunk_size, device)
         starts = starts.starts([(k, 0) for k in range(len(starts.tracks))])
         horizon = step_limit(config.task) // sizes.chunk_size
         for name, policy in tqdm(policies.items(), desc="evaluate in imagination", unit="policy"):
@@ -390,10 +390,8 @@ def evaluate(config, run, folder, device):
     if rank():
         return
     (folder / "videos").mkdir(exist_ok=True)
-    for task in tqdm(config.task_ids, desc="videos", unit="task"):
-        chosen = [episode for episode in episodes[list(policies)[-1]] if episode.task_id == task]
-        for number, episode in enumerate(chosen[:config.evaluate.videos]):
-            film(world, reflector, episode, folder / "videos" / f"task{task:02d}_{number}", episode.instruction)
+    last = list(policies)[-1]
+    film_some(lines[last], folder / last, folder / "videos", config.evaluate.videos, world, reflector)
     write_json(folder / "results.json", results)
 
 
