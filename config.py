@@ -69,6 +69,7 @@ class TrainConfig:
     explore: ExploreConfig = field(default_factory=ExploreConfig)
     world_model: WorldModelConfig = field(default_factory=lambda: WorldModelConfig(channels=(32, 64, 96)))
     simulate: FitConfig = field(default_factory=lambda: FitConfig(steps=1500, batch_size=16, lr=1e-3))
+    drift: FitConfig = field(default_factory=lambda: FitConfig(steps=600, batch_size=16, lr=5e-4))
     grasp: FitConfig = field(default_factory=lambda: FitConfig(steps=500, batch_size=64, lr=1e-3, weight_decay=0.05))
     reflector: ReflectorConfig = field(default_factory=ReflectorConfig)
     reflect: FitConfig = field(default_factory=lambda: FitConfig(steps=600, batch_size=32, lr=1e-3, weight_decay=0.1))
@@ -86,7 +87,7 @@ def tiny() -> TrainConfig:
         preset="tiny", task_ids=(0, 1), num_demos=1, trust_world=True, policy=PolicyConfig.tiny(),
         clone=FitConfig(steps=60, batch_size=16, **fast), explore=ExploreConfig(episodes=2, held_out=1, retries=1),
         world_model=WorldModelConfig(channels=(16, 32, 32), patch=4), simulate=FitConfig(steps=30, batch_size=8, **fast),
-        grasp=FitConfig(steps=20, batch_size=8, **fast),
+        drift=FitConfig(steps=10, batch_size=8, **fast), grasp=FitConfig(steps=20, batch_size=8, **fast),
         reflector=ReflectorConfig(channels=16, width=32), reflect=FitConfig(steps=30, batch_size=8, **fast),
         virtual=VirtualEnvConfig(horizon=3), ppo=PPOConfig(iterations=2, groups=2, group_size=4, minibatch=32),
         evaluate=EvaluateConfig(episodes=1))
@@ -95,7 +96,7 @@ def tiny() -> TrainConfig:
 def stage_settings(config, name) -> dict:
     """The part of the configuration that a finished stage depends on directly."""
     sections = {"demonstrate": ("demos", "num_demos"), "clone": ("policy", "clone"), "explore": ("explore",),
-                "simulate": ("world_model", "simulate", "grasp"), "reflect": ("reflector", "reflect"),
+                "simulate": ("world_model", "simulate", "drift", "grasp"), "reflect": ("reflector", "reflect"),
                 "imagine": ("virtual", "start", "ppo", "check", "rl_env"), "evaluate": ("evaluate",)}
     values = asdict(config)
     chosen = {key: values[key] for key in ("task", "task_ids", "seed", "refresh", *sections[name])}

@@ -106,7 +106,7 @@ class Episode:
         count = min((len(self.actions) - offset) // chunk_size, (len(self.images) - 1 - offset // self.stride)
                     * self.stride // chunk_size)
         frames = offset // self.stride + np.arange(count + 1) * (chunk_size // self.stride)
-        actions = self.executed[offset:offset + count * chunk_size].reshape(count, chunk_size, -1)
+        actions = self.executed[offset:offset + count * chunk_size].reshape(count, chunk_size, self.executed.shape[1])
         return Chunked(self.images[frames], self.states[frames], actions, self.success[frames])
 
     def save(self, path):
@@ -184,17 +184,18 @@ class ChunkData:
     """Trajectories at chunk boundaries, for the world simulator, the reflector and the start contexts.
 
     A demonstration holds every frame, so it is cut at every offset below a chunk: eight trajectories each
-    (every_offset=False: one).
+    (every_offset=False: one). truth: `episodes` are imagined copies of these; the next pictures to learn are the true ones.
     """
 
-    def __init__(self, episodes, chunk_size, device, every_offset=True):
+    def __init__(self, episodes, chunk_size, device, every_offset=True, truth=None):
         self.device, self.chunk_size = device, chunk_size
-        self.tracks, self.episodes = [], []
-        for episode in episodes:
+        self.tracks, self.targets, self.episodes = [], [], []
+        for number, episode in enumerate(episodes):
             for offset in range(0, chunk_size if every_offset else 1, episode.stride):
                 track = episode.chunks(chunk_size, offset)
                 if len(track.actions):
                     self.tracks.append(track)
+                    self.targets.append(track if truth is None else truth[number].chunks(chunk_size))
                     self.episodes.append(episode)
         self.frames = [(k, t) for k, track in enumerate(self.tracks) for t in range(len(track.images))]
         self.index = [(k, t) for k, t in self.frames if t < len(self.tracks[k].actions)]  # frames with a successor
@@ -206,7 +207,7 @@ class ChunkData:
         """
         pictures, M = self.pictures(self._draw(size, generator)), max(1, transitions // size)
         steps = self.transitions(self._draw(size * M, generator))
-        return pictures | {"transitions": [value.unflatten(0, (size, M)) for value in steps]}
+        return pictures | {"transitions": tuple(value.unflatten(0, (size, M)) for value in steps)}
 
     def grasp_batch(self, size, generator) -> dict:
         """Frames (B, V, 3, H, W) uint8 and what follows them, as `transitions`: for the fingers alone."""
@@ -228,7 +229,7 @@ class ChunkData:
         _, previous_actions, actions, next_state = self.transitions(picks)
         return {"memory": _stack([track.images[frames] for track, frames in memory], self.device),
                 "memory_states": _stack([track.states[frames] for track, frames in memory], self.device),
-                "target": _stack([self.tracks[k].images[t + 1] for k, t in picks], self.device),
+                "target": _stack([self.targets[k].images[t + 1] for k, t in picks], self.device),
                 "next_state": next_state, "previous_actions": previous_actions, "actions": actions}
 
     def transitions(self, picks) -> list[torch.Tensor]:
@@ -270,9 +271,13 @@ class ChunkData:
         return pools
 
 
-def joined(a, b) -> dict:
-    """Two batches as one."""
-    return {key: torch.cat([a[key], b[key]]) if torch.is_tensor(a[key]) else a[key] + b[key] for key in a}
+def joined(a, b):
+    """Two batches as one: tensors and lists end to end, in dictionaries and tuples of them."""
+    if isinstance(a, dict):
+        return {key: joined(a[key], b[key]) for key in a}
+    if isinstance(a, tuple):
+        return tuple(map(joined, a, b))
+    return torch.cat([a, b]) if torch.is_tensor(a) else a + b
 
 
 def _stack(arrays, device) -> torch.Tensor:

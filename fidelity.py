@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import report
-from episodes import ChunkData, Episode
+from distributed import barrier, rank
+from episodes import ChunkData, Episode, load_episodes
 from geometry import camera_pose, project, turn_between
 from intervals import wilson_interval
 from reflector import Reflector, StopRule, reflector_metrics
@@ -85,6 +86,16 @@ def imagine_episodes(world, reflector, episodes, seed=0, true_states=False) -> t
         imagined[k] = replace(episodes[k], images=frames, states=states, actions=actions, executed=actions,
                               success=track.success, stride=chunk_size, source="imagined")
     return imagined, scores
+
+
+def imagined_copies(world, episodes, folder) -> list[Episode]:
+    """The pictures that the simulator makes of what truly happened, kept in `folder`: training data of later stages."""
+    if rank() == 0:
+        folder.mkdir(exist_ok=True)
+        for number, episode in enumerate(imagine_episodes(world, None, episodes, true_states=True)[0]):
+            episode.save(folder / f"{number:05d}.npz")
+    barrier()
+    return load_episodes(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

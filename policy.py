@@ -96,19 +96,27 @@ class ActionDistribution:
         """(B, L, A), or (B, 1, A) by chunk."""
         return self.log_scale.mean(1, keepdim=True) if self.by_chunk else self.log_scale
 
-    def sample(self, generator=None) -> torch.Tensor:
-        """(B, L, A). The difference of two unit exponentials is a unit Laplace, and always finite.
+    def unit_noise(self, generator=None) -> torch.Tensor:
+        """(B, L, A), or (B, 1, A) by chunk: unit Laplace, always finite, the difference of two unit exponentials.
 
         generator: one, or a list with one for each of B.
         """
         if isinstance(generator, list):
-            rows = [replace(self, loc=loc[None], log_scale=scale[None]).sample(one)
+            rows = [replace(self, loc=loc[None], log_scale=scale[None]).unit_noise(one)
                     for loc, scale, one in zip(self.loc, self.log_scale, generator)]
             return torch.cat(rows)
         device = self.loc.device if generator is None else generator.device
         first, second = torch.empty(2, *self.log_b.shape, dtype=self.loc.dtype, device=device).exponential_(
             generator=generator).to(self.loc.device)
-        return (self.loc + self.log_b.exp() * (first - second)).detach()
+        return first - second
+
+    def displaced(self, noise) -> torch.Tensor:
+        """(B, L, A): the mean, displaced by b times unit noise."""
+        return (self.loc + self.log_b.exp() * noise).detach()
+
+    def sample(self, generator=None) -> torch.Tensor:
+        """(B, L, A)."""
+        return self.displaced(self.unit_noise(generator))
 
     def log_prob(self, actions) -> torch.Tensor:
         """actions (B, L, A) -> (B, L): one log-probability a control step, the sum over its dimensions.

@@ -56,6 +56,8 @@ class PPOConfig:
     max_grad_norm: float = 1.0  # gradient norm above which gradients are scaled down
     temperature: float = 1.5  # multiplies the Laplace scale b, in sampling and in scoring alike
     chunk_noise: bool = True  # one draw for all steps of a chunk: 7 dimensions to explore, not 56 (the paper's)
+    persistence: float = 0.8  # correlation of a chunk's noise with the last one's, so that it adds up; the paper's 0
+    explore_chunks: int = 5  # chunks that a rollout explores and learns from, then it is greedy; 0: all (the paper's)
 
 
 @dataclass
@@ -68,6 +70,7 @@ class Rollout:
     env_actions: torch.Tensor  # (B, T, L, A) the same in the environment's units
     log_prob: torch.Tensor     # (B, T, L) under the tempered distribution that was sampled
     valid: torch.Tensor        # (B, T) bool: this chunk was played
+    explored: torch.Tensor     # (B, T) bool: and with noise
     reward: torch.Tensor       # (B,) R_n of Algorithm 1
     success: torch.Tensor      # (B, T) bool: the true simulator's word after it; False in a virtual world
     score: torch.Tensor        # (B, T) the reflector's P(done) after it; NaN without a reflector
@@ -79,19 +82,20 @@ class Rollout:
 # ------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def rollout(policy, env, contexts, greedy=False, temperature=1.0, generator=None, progress=None,
-            chunk_noise=False) -> Rollout:
+            chunk_noise=False, persistence=0.0, explore_chunks=0) -> Rollout:
     """Play every context once; row i of the result is contexts[i].
 
     Slot i of the environment plays contexts i, i + num_envs, i + 2 num_envs, ...: a masked reset refills it.
     `env.num_envs` 0 or None means any number: all contexts are played at once. Exploration noise comes from
     `generator` alone, which may be a list with one for each context; `temperature` is one number or one for each
-    context, `chunk_noise`: one draw a chunk. `progress(ended)` hears after every chunk how many episodes have just ended.
+    context; `chunk_noise`, `persistence`, `explore_chunks`: see `PPOConfig`. `progress(ended)` hears after every chunk how
+    many episodes have just ended.
     """
     policy.eval()
     total, slots = len(contexts), env.num_envs or len(contexts)
     temperature = torch.as_tensor(temperature).float().expand(total)        # (B,)
     which, chunk = torch.arange(slots), torch.zeros(slots, dtype=torch.long)  # a slot's context, next chunk
-    fresh, starts, steps = which < total, [], []
+    fresh, starts, steps, noise = which < total, [], [], None
     while (which < total).any():
         if fresh.any():
             obs, _ = env.reset([contexts[min(i, total - 1)] for i in which.tolist()], fresh)
@@ -99,8 +103,15 @@ def rollout(policy, env, contexts, greedy=False, temperature=1.0, generator=None
         index = (which < total).nonzero().flatten()                         # (b,) slots that still play
         distribution = replace(policy(select(obs, index)), by_chunk=chunk_noise)
         distribution = distribution.tempered(temperature[which[index], None, None])
-        noise = [generator[i] for i in which[index].tolist()] if isinstance(generator, list) else generator
-        action = distribution.mode if greedy else distribution.sample(noise)  # (b, L, A)
+        explored = (chunk[index] < (explore_chunks or math.inf)) & (not greedy)  # (b,)
+        action = distribution.mode                                          # (b, L, A)
+        if explored.any():
+            one = [generator[i] for i in which[index].tolist()] if isinstance(generator, list) else generator
+            drawn = distribution.unit_noise(one)                            # (b, L, A), or (b, 1, A) by chunk
+            noise = drawn.new_zeros(slots, *drawn.shape[1:]) if noise is None else noise
+            kept = persistence * (chunk[index] > 0).to(drawn)[:, None, None]
+            noise[index] = kept * noise[index] + (1 - kept.square()).sqrt() * drawn
+            action = distribution.displaced(noise[index] * explored.to(drawn)[:, None, None])
         env_action = policy.env_actions(action)                             # (b, L, A)
         command = env_action.new_zeros(slots, *env_action.shape[1:])        # (slots, L, A) idle slots: zeros
         command[index] = env_action
@@ -109,7 +120,7 @@ def rollout(policy, env, contexts, greedy=False, temperature=1.0, generator=None
         steps.append((which[index], chunk[index], {
             "images": obs["images"][index], "states": obs["state"][index], "actions": action,
             "env_actions": env_action, "log_prob": distribution.log_prob(action), "valid": index >= 0,
-            "reward": reward[index], "terminated": terminated[index], "success": success[index],
+            "explored": explored.to(reward.device), "reward": reward[index], "terminated": terminated[index], "success": success[index],
             "score": torch.as_tensor(info["score"])[index]}))
         ended = (terminated | truncated).cpu() & (which < total)            # (slots,)
         chunk = torch.where(ended, 0, chunk + 1)
@@ -149,7 +160,7 @@ def collect(starts, steps, total) -> Rollout:
         for i, words in zip(context.tolist(), obs["instruction"]):
             instruction[i] = words
     return Rollout(images, states, instruction, lay("actions"), lay("env_actions"), lay("log_prob"),
-                   lay("valid"), lay("reward").sum(1), lay("success"), lay("score", float("nan")),
+                   lay("valid"), lay("explored"), lay("reward").sum(1), lay("success"), lay("score", float("nan")),
                    lay("terminated").any(1))
 
 
@@ -243,13 +254,13 @@ def minibatches(count, config, generator):
 
 
 def update(policy, optimizer, played, advantage, config, generator):
-    """PPO on one `Rollout` with its advantages (B,); returns metrics averaged over all minibatches.
+    """PPO on the explored chunks of one `Rollout`, with its advantages (B,); returns metrics averaged over all minibatches.
 
     `generator` (CPU) shuffles. The policy stays in eval mode, in which it was sampled. Several processes share every
     minibatch: each scores those of its chunks that it has played itself.
     """
     policy.eval()
-    row, time = played.valid.nonzero(as_tuple=True)                         # (N,), (N,)
+    row, time = played.explored.nonzero(as_tuple=True)                      # (N,), (N,)
     advantage = advantage.to(played.log_prob.device)
     counts = gather(len(row))
     first, count = sum(counts[:rank()]), sum(counts)  # ours are chunks first ... first + len(row) - 1 of `count`
@@ -320,7 +331,8 @@ def improve(policy, optimizer, env, draw_contexts, config, generator):
     contexts = [[start] * config.group_size for start in starts]            # (G, K), and their noise
     noise = [generators(config.group_size, generator) for _ in starts]
     played = rollout(policy, env, sum(shard(contexts), []), temperature=config.temperature,
-                     generator=sum(shard(noise), []), chunk_noise=config.chunk_noise)
+                     generator=sum(shard(noise), []), chunk_noise=config.chunk_noise,
+                     persistence=config.persistence, explore_chunks=config.explore_chunks)
     reward = played.reward.view(-1, config.group_size)                      # (G, K)
     advantage = rloo_advantage(reward)                                      # (G, K)
     metrics = update(policy, optimizer, played, advantage.flatten(), config, generator)

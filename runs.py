@@ -287,7 +287,7 @@ def parts(batch, accumulate) -> list[tuple[slice, float]]:
 
 @dataclass
 class FitConfig:
-    """Supervised training of one component: AdamW, linear warm-up, cosine decay, weights averaged over the end."""
+    """Supervised training of one component: AdamW, linear warm-up, cosine decay."""
     steps: int = 1000  # optimiser steps
     batch_size: int = 32  # samples a step, of all processes together
     accumulate: int = 1  # parts that a process's share of them is cut into: gradients add up, so it is memory alone

@@ -30,8 +30,8 @@ from demonstrations import collect_demonstrations, read_demonstrations
 from distributed import barrier, gather, rank, shard, world_size
 from episodes import ChunkData, CloneData, Episode, Normalizer, StartContext, joined, load_episodes
 from evaluate import evaluate_policies, film_some, imagined_success, load_model, load_policies, pick_device
-from fidelity import (check_trust, frame_logits, frame_scores, horizon_errors, imagine_episodes, outcome_agreement,
-                      reflector_quality)
+from fidelity import (check_trust, frame_logits, frame_scores, horizon_errors, imagine_episodes, imagined_copies,
+                      outcome_agreement, reflector_quality)
 from geometry import Cameras
 from intervals import proportion, summarize
 from libero_env import LiberoContext, LiberoTask, LiberoVectorEnv, load_suite, step_limit
@@ -205,8 +205,8 @@ def explored(config, run):
 def simulate(config, run, folder, device):
     """The world simulator, trained on demonstrations + exploration; its error on held-out episodes.
 
-    What the fingers close on is learned last, from true pictures and from the simulator's own copies of them (same
-    actions, same states), which reflect uses as well: in imagination nothing else will be seen.
+    Then it imagines all of that itself (same actions, same states). From its own pictures it learns to find back to the
+    true ones, and from new copies what the fingers close on, as reflect does: in imagination nothing else will be seen.
     """
     normalizer = Normalizer.from_dict(read_json(run.path("demonstrate") / "normalizer.json"))
     cameras = Cameras.from_dict(read_json(run.path("demonstrate") / "cameras.json"))
@@ -220,15 +220,16 @@ def simulate(config, run, folder, device):
     fit("simulate", world, lambda step, generator: data.world_batch(config.simulate.batch_size, generator),
         world_model_loss, config.simulate, folder, config.seed, device,
         lambda step, metrics: run.log("simulate", step, metrics))
-    for part in ("imagined", "grasp"):
-        (folder / part).mkdir(exist_ok=True)
-    if rank() == 0:
-        for number, episode in enumerate(imagine_episodes(world, None, recorded, true_states=True)[0]):
-            episode.save(folder / "imagined" / f"{number:05d}.npz")
-    barrier()
-    copies, half = ChunkData(load_episodes(folder / "imagined"), L, device), config.grasp.batch_size // 2
+    copies = ChunkData(imagined_copies(world, recorded, folder / "drift"), L, device, truth=recorded)
+    half = config.drift.batch_size // 2
+    fit("drift", world, lambda _, generator: joined(data.world_batch(half, generator), copies.world_batch(half, generator)),
+        world_model_loss, config.drift, folder / "drift", config.seed, device,
+        lambda step, metrics: run.log("drift", step, metrics))
+    copies = ChunkData(imagined_copies(world, recorded, folder / "imagined"), L, device)
+    half = config.grasp.batch_size // 2
+    (folder / "grasp").mkdir(exist_ok=True)
     fit("grasp", world.grasp_predictor,
-        lambda step, generator: joined(data.grasp_batch(half, generator), copies.grasp_batch(half, generator)),
+        lambda _, generator: joined(data.grasp_batch(half, generator), copies.grasp_batch(half, generator)),
         lambda _, batch, generator, rows: grasp_loss(world, batch, generator, rows), config.grasp, folder / "grasp",
         config.seed, device, lambda step, metrics: run.log("grasp", step, metrics))
     if rank():

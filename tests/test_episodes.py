@@ -1,9 +1,11 @@
 """Promises of recorded data: chunks line up, batches pair what belongs together, files are whole or refused."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from episodes import ChunkData, CloneData, Episode, Normalizer, memory_index
+from episodes import ChunkData, CloneData, Episode, Normalizer, joined, memory_index
 from runs import UserError
 
 
@@ -48,6 +50,23 @@ def test_a_world_batch_pairs_memory_and_next_frame_with_the_chunks_around_them()
     state, previous, actions, after = (value.flatten(0, 1) for value in many["transitions"])
     assert torch.equal(after[:, 0] - state[:, 0], torch.full((48,), 8.0))
     assert torch.equal(actions[:, 0, 0], state[:, 0]) and torch.equal(previous[:, 0, 0], (state[:, 0] - 8).clamp(min=0))
+
+
+def test_from_an_imagined_copy_the_simulator_learns_the_true_next_picture():
+    empty, true = make_episode(steps=4, stride=4), make_episode(stride=1)
+    copies = [replace(true, images=true.images[::8] + 100, states=true.states[::8], success=true.success[::8], stride=8)]
+    batch = ChunkData([empty, *copies], 8, "cpu", truth=[empty, true]).pictures([(0, 4)])  # the empty one is left out
+    assert batch["memory"][0, :, 0, 0, 0, 0].tolist() == [100, 108, 116, 132]
+    assert batch["target"][0, 0, 0, 0, 0] == 40 == batch["next_state"][0, 0]
+
+
+def test_two_batches_are_joined_row_by_row():
+    data, generator = ChunkData([make_episode(stride=8)], 8, "cpu"), torch.Generator().manual_seed(0)
+    one, two = data.world_batch(2, generator, transitions=6), data.world_batch(3, generator, transitions=9)
+    both = joined(one, two)
+    assert torch.equal(both["memory"], torch.cat([one["memory"], two["memory"]]))
+    assert [value.shape[:2] for value in both["transitions"]] == [(5, 3)] * 4
+    assert joined({"words": ["a"]}, {"words": ["b", "c"]}) == {"words": ["a", "b", "c"]}
 
 
 def test_demonstrations_are_cut_at_every_offset_and_exploration_once():

@@ -117,7 +117,7 @@ def buffer(policy, count=24, temperature=0.7, chunk_noise=False):
     """A rollout with episodes of different lengths, and advantages."""
     played = rollout(policy, Reach(), draw_contexts(count, step_generator(1, 0)), temperature=temperature,
                      generator=step_generator(2, 0), chunk_noise=chunk_noise)
-    played.valid[::3, 3:] = False  # an untrained policy rarely stops early
+    played.valid[::3, 3:] = played.explored[::3, 3:] = False  # an untrained policy rarely stops early
     return played, torch.randn(count, generator=step_generator(3, 0))
 
 
@@ -364,6 +364,35 @@ def test_noise_comes_from_the_generator_alone():
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
+def played_with(**exploration):
+    """An unlucky 400, whose goals are out of reach, and how far each chunk was displaced, in b (400, HORIZON, A)."""
+    policy, contexts = toy(), [torch.tensor([0.0, 0.0, 9.0, 9.0])] * 400
+    played = rollout(policy, Reach(), contexts, generator=step_generator(3, 0), chunk_noise=True, **exploration)
+    states = played.states[:, :-1].flatten(0, 1)
+    chosen = policy({"images": played.images[:, :-1].flatten(0, 1), "state": states, "instruction": [""] * len(states)})
+    displaced = (played.actions.flatten(0, 1) - chosen.loc) * (-chosen.log_scale.mean(1, keepdim=True)).exp()
+    return played, displaced.mean(1).view(400, HORIZON, A).detach()
+
+
+@pytest.mark.parametrize("persistence", [0.0, 0.8])
+def test_persistent_noise_goes_on_from_chunk_to_chunk_and_is_as_wide(persistence):
+    _, displaced = played_with(persistence=persistence)
+    for t in range(HORIZON):
+        assert displaced[:, t].square().mean().item() == pytest.approx(2, rel=0.25)  # a unit Laplace's variance
+        correlation = (displaced[:, t] * displaced[:, 0]).mean() / displaced[:, 0].square().mean()
+        assert correlation.item() == pytest.approx(persistence**t if t else 1, abs=0.15)
+
+
+def test_after_the_explored_chunks_a_rollout_is_greedy_and_nothing_is_learned_from_it():
+    played, displaced = played_with(explore_chunks=2)
+    assert played.explored[:, :2].all() and not played.explored[:, 2:].any() and played.valid.all()
+    assert displaced[:, :2].abs().amin(2).gt(0).all() and displaced[:, 2:].abs().max() < 1e-5
+    advantage = torch.randn(400, generator=step_generator(0, 0))
+    want = updated(toy(), played, advantage)[0]
+    played.actions[:, 2:] += 1
+    assert torch.equal(updated(toy(), played, advantage)[0], want)
+
+
 def test_neighbours_share_their_start_context():
     env, config = Reach(), PPOConfig(groups=3, group_size=4)
     policy = toy()
@@ -382,7 +411,7 @@ def test_groups_without_advantage_are_counted():
     def near(count, generator):
         return [context / 5 for context in draw_contexts(count, generator)]
 
-    config, policy = PPOConfig(groups=16, group_size=4), toy()
+    config, policy = PPOConfig(groups=16, group_size=4, persistence=0.0), toy()
     metrics = improve(policy, make_optimizer(policy, config), Deaf(), near, config, step_generator(0, 0))
     deaf = sum(context[2].item() <= 0 for context in near(16, step_generator(0, 0)))
     assert metrics["groups_without_advantage"] == pytest.approx(deaf / 16) and 0 < deaf < 16
