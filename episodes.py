@@ -148,6 +148,12 @@ def first_closing(states) -> int | None:
     return int(closing[0]) if len(closing) else None
 
 
+def finger_history(states: torch.Tensor) -> torch.Tensor:
+    """States (..., T, 8) -> (..., T, K) m between the fingers in the newest K frames, newest first; before the first, as in it."""
+    frames = torch.arange(states.shape[-2], device=states.device)[:, None] - torch.arange(8, device=states.device)
+    return (states[..., 6] - states[..., 7])[..., frames.clamp(min=0)]
+
+
 def memory_index(last: int | torch.Tensor) -> torch.Tensor:
     """Indices (..., F) of the memory frames in a history whose newest frame is `last`: 0, 1/3, 2/3 and last."""
     return torch.as_tensor(last)[..., None] * torch.arange(MEMORY) // (MEMORY - 1)
@@ -245,8 +251,10 @@ class ChunkData:
         """Frames (first, previous, current) for the reflector, drawn evenly, so that its probabilities are calibrated."""
         picks = [self.frames[i] for i in torch.randint(len(self.frames), (size,), generator=generator)]
         frames = [self.tracks[k].images[[0, max(t - 1, 0), t]] for k, t in picks]
+        fingers = [finger_history(torch.from_numpy(self.tracks[k].states[:t + 1]))[[0, max(t - 1, 0), t]] for k, t in picks]
         return {
             "frames": _stack(frames, self.device),
+            "fingers": torch.stack(fingers).to(self.device),
             "instruction": [self.episodes[k].instruction for k, _ in picks],
             "labels": torch.tensor([[0.0, 0.0, float(self.tracks[k].success[t])] for k, t in picks], device=self.device),
             "valid": torch.tensor([[False, False, True]] * size, device=self.device),

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import report
 from distributed import barrier, rank
-from episodes import ChunkData, Episode, load_episodes
+from episodes import ChunkData, Episode, finger_history, load_episodes
 from geometry import camera_pose, project, turn_between
 from intervals import wilson_interval
 from reflector import Reflector, StopRule, reflector_metrics
@@ -188,9 +188,12 @@ def state_difference(guess, truth) -> tuple[float, float]:
 @torch.no_grad()
 def frame_logits(reflector, episodes, chunk_size) -> list[Tensor]:
     """The reflector's logit of every frame at a chunk boundary, (T+1,) an episode."""
-    device = next(reflector.parameters()).device
-    return [reflector(torch.from_numpy(episode.chunks(chunk_size).images)[None].to(device), [episode.instruction])[0]
-            for episode in episodes]
+    device, logits = next(reflector.parameters()).device, []
+    for episode in episodes:
+        track = episode.chunks(chunk_size)
+        images, states = (torch.from_numpy(values)[None].to(device) for values in (track.images, track.states))
+        logits += reflector(images, [episode.instruction], finger_history(states))
+    return logits
 
 
 def frame_scores(reflector, episodes, chunk_size) -> list[np.ndarray]:

@@ -290,14 +290,12 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
         self._pipes, self._processes = [], []
         for _ in range(num_envs):
             here, there = context.Pipe()
-            arguments = (there, suite, image_size, mesh_cell)
-            self._processes.append(context.Process(target=_worker, args=arguments, daemon=True))
+            self._processes.append(context.Process(target=_worker, args=(there, suite, image_size, mesh_cell), daemon=True))
             with single_threaded_children():
                 self._processes[-1].start()
             there.close()
             self._pipes.append(here)
         self._slots: list[dict | None] = [None] * num_envs
-        self._first = self._previous = None  # (B, V, 3, H, W) frames that the reflector looks back to
 
     def reset(self, contexts, mask=None):
         """Start `contexts[i]` in every slot where mask (B,) holds (default: all); the other slots stay as they are."""
@@ -309,7 +307,8 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
             images, state, instruction = self._receive(i)
             self._slots[i] = {"first": images, "previous": images, "images": images, "state": state, "steps": 0,
                               "max_steps": contexts[i].max_steps or self.max_steps, "instruction": instruction,
-                              "reached": None, "since": 0, "scores": [], "over": False}
+                              "fingers": np.full(8, state[6] - state[7], np.float32), "reached": None,
+                              "since": 0, "scores": [], "over": False}
         return self._observe(), self._info()
 
     def step(self, actions):
@@ -325,7 +324,8 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
             slot["since"] += slot["reached"] is not None  # chunks since the goal was first reached
             if held.any() and slot["reached"] is None:
                 slot["reached"] = slot["steps"] + int(held.argmax()) + 1
-            slot |= {"previous": slot["images"], "images": images, "state": state, "steps": slot["steps"] + len(held)}
+            slot |= {"previous": slot["images"], "images": images, "state": state, "steps": slot["steps"] + len(held),
+                     "fingers": np.append(state[6] - state[7], slot["fingers"][:-1])}  # as `finger_history` has it
             success[i] = bool(held[-1])
         info = self._info(success)
         for i in playing:
@@ -362,9 +362,9 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
     def _info(self, success=None):
         score = torch.full((self.num_envs,), float("nan"))
         if self.reflector is not None:
-            with torch.no_grad():
-                score = self.reflector.score(self._gather("first"), self._gather("previous"), self._gather("images"),
-                                             [slot["instruction"] if slot else "" for slot in self._slots]).cpu()
+            score = self.reflector.score(self._gather("first"), self._gather("previous"), self._gather("images"),
+                                         [slot["instruction"] if slot else "" for slot in self._slots],
+                                         self._gather("fingers")).cpu()
         success = torch.zeros(self.num_envs, dtype=torch.bool) if success is None else success
         once = torch.tensor([bool(slot and slot["reached"] is not None) for slot in self._slots])
         return {"success": success.to(self.device), "success_once": once.to(self.device), "score": score.to(self.device)}

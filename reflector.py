@@ -11,8 +11,10 @@ by binary cross-entropy on per-frame success labels. In imagination it pays the 
        residual blocks at 16x16, 8x8  <--- FiLM -----+
                   |                                  |
          flatten to a vector  ----- concatenate -----+
+                  |                    <- FrameEncoder ends here; VLMEncoder takes its place on request
+                  + <--- MLP --- how far the fingers were apart in the last 8 frames
                   |
-             h_t (D numbers)           <- FrameEncoder ends here; VLMEncoder takes its place on request
+             h_t (D numbers)
                   |
      dropout, LayerNorm, Linear, ReLU, Linear   <- the reward head
                   |
@@ -28,9 +30,11 @@ Departures from the paper
 4. Shift and brightness augmentation, because five demonstrations a task are few. The paper names none.
 5. An episode ends when two frames in a row score above eta (the paper: one). A single one came a chunk too early
    in every lost episode: the object in the basket and still in the hand.
+6. It is told how far the fingers were apart (`fingers`), which any robot knows: fingers that met have nothing to let
+   go of. On imagined pictures it could not see that, and paid for empty hands (ABLATIONS.md).
 A policy can cheat a reward model where it stops falsely, so `reflector_metrics` reports `false_stop_rate`.
 
-Shapes: B trajectories, T time in chunks, V views, C,H,W image, N prefixes out of B*T, D width, E episodes.
+Shapes: B trajectories, T time in chunks, K = 8 newest frames, V views, C,H,W image, N prefixes out of B*T, D width, E episodes.
 
 Try it:  python -m pytest tests/test_reflector.py
 """
@@ -47,6 +51,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from geometry import MAX_OPENING
 from runs import UserError, load_weights, read_json, save_model
 
 
@@ -61,6 +66,7 @@ class ReflectorConfig:
     width: int = 128  # D, the length of h_t and of a word vector
     vocabulary: int = 1024  # hash buckets for words; bucket 0 means "no word"
     positive_weight: float = 1.0  # weight of a success frame in the loss; lower it for fewer false stops
+    fingers: bool = True  # tell it how far the fingers were apart lately (the paper's: False)
     dropout: float = 0.3  # of h_t in training
     shift: int = 4  # augmentation: random shift of a view by up to this many pixels
     brightness: float = 0.3  # augmentation: random gain of 1 +- this
@@ -182,27 +188,38 @@ class Reflector(nn.Module):
         self.config = config
         self.encoder = VLMEncoder(config) if config.backbone else FrameEncoder(config)
         D = config.width
+        self.fingers = nn.Sequential(nn.Linear(8, D), nn.ReLU(), nn.Linear(D, D)) if config.fingers else None
         self.head = nn.Sequential(nn.Dropout(config.dropout), nn.LayerNorm(D), nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 1))
         self.register_buffer("platt", torch.tensor([1.0, 0.0]))  # set by `calibrate`
 
-    def forward(self, frames: Tensor, instruction: list[str]) -> Tensor:
-        """Frames (B, T, V, 3, H, W), B texts -> logits (B, T); logit t looks at frames 0, t-1 and t only."""
-        everywhere = torch.ones(frames.shape[:2], dtype=torch.bool, device=frames.device)
-        return self.logits(frames, instruction, everywhere).view(frames.shape[:2])
+    def forward(self, frames: Tensor, instruction: list[str], fingers: Tensor | None = None) -> Tensor:
+        """Frames (B, T, V, 3, H, W), B texts, fingers (B, T, K): see `finger_history`; None: it is not told.
 
-    def logits(self, frames: Tensor, instruction: list[str], where: Tensor) -> Tensor:
+        -> logits (B, T); logit t looks at frames 0, t-1 and t only.
+        """
+        everywhere = torch.ones(frames.shape[:2], dtype=torch.bool, device=frames.device)
+        return self.logits(frames, instruction, everywhere, fingers).view(frames.shape[:2])
+
+    def logits(self, frames: Tensor, instruction: list[str], where: Tensor, fingers: Tensor | None = None) -> Tensor:
         """As `forward`, but only for the N prefixes that end where `where` (B, T) is True -> (N,)."""
         first = frames[:, :1].expand_as(frames)
         previous = torch.cat([frames[:, :1], frames[:, :-1]], dim=1)
         texts = [instruction[b] for b in where.nonzero()[:, 0].tolist()]  # N
-        h = self.encoder(first[where], previous[where], frames[where], texts)  # (N, D)
-        return self.head(h).float().squeeze(1)  # (N,)
+        return self.judge(first[where], previous[where], frames[where], texts, None if fingers is None else fingers[where])
+
+    def judge(self, first: Tensor, previous: Tensor, current: Tensor, instruction: list[str],
+              fingers: Tensor | None) -> Tensor:
+        """Frames (N, V, 3, H, W) each, fingers (N, K) -> logits (N,)."""
+        h = self.encoder(first, previous, current, instruction)  # (N, D)
+        if self.fingers is not None and fingers is not None:
+            h = h + self.fingers(fingers / MAX_OPENING * 2 - 1)
+        return self.head(h).float().squeeze(1)
 
     @torch.no_grad()
-    def score(self, first: Tensor, previous: Tensor, current: Tensor, instruction: list[str]) -> Tensor:
+    def score(self, first: Tensor, previous: Tensor, current: Tensor, instruction: list[str],
+              fingers: Tensor | None = None) -> Tensor:
         """Frames (B, V, 3, H, W) each -> P(task done) (B,). In the first frame, previous = first."""
-        h = self.encoder(first, previous, current, instruction)  # (B, D)
-        return self.probability(self.head(h).float().squeeze(1))
+        return self.probability(self.judge(first, previous, current, instruction, fingers))
 
     def probability(self, logits: Tensor) -> Tensor:
         """P(task done), calibrated."""
@@ -239,10 +256,12 @@ def augment(frames: Tensor, config: ReflectorConfig, generator: torch.Generator)
 def reflector_loss(model: Reflector, batch: dict, generator: torch.Generator, rows=slice(None)) -> tuple[Tensor, dict]:
     """Binary cross-entropy, the mean over the N valid frames of `rows`; the others cost nothing.
 
-    batch: frames uint8 (B, T, V, 3, H, W), instruction (B texts), labels (B, T) in {0, 1}, valid bool (B, T).
+    batch: frames uint8 (B, T, V, 3, H, W), instruction (B texts), labels (B, T) in {0, 1}, valid bool (B, T), and
+    fingers (B, T, K), if it is to be told.
     """
     frames, valid = augment(batch["frames"], model.config, generator)[rows], batch["valid"][rows]
-    logits = model.logits(frames, batch["instruction"][rows], valid)  # (N,)
+    fingers = batch["fingers"][rows] if "fingers" in batch else None
+    logits = model.logits(frames, batch["instruction"][rows], valid, fingers)  # (N,)
     labels = batch["labels"][rows][valid].float()  # (N,)
     weight = torch.where(labels > 0.5, model.config.positive_weight, 1.0)
     loss = F.binary_cross_entropy_with_logits(logits, labels, weight)

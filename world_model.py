@@ -18,6 +18,8 @@ Departures from the paper:
 2. It imagines both views at once, and knows the camera poses: by default no VGGT, no CLIP, no ray maps; each is a flag.
 3. Memory (frames at 0, 1/3, 2/3 of the history and the last) is noised in training, save the first one.
 4. The action maps show the true next pose in training and the predicted one in imagination.
+5. The last part of its training shows it its own pictures of recorded episodes as memory, and the true next one as
+   target (`train.simulate`): else they dissolve within five chunks, and no policy finds its way in them.
 
 Shape letters: B trajectories (b alive), F memory frames, V camera views (0 agent view, 1 wrist), L length of
 an action chunk, C, H, W image, D width of the embedding.
@@ -37,7 +39,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 from encoders import Injection
-from episodes import MEMORY, Normalizer, StartContext, memory_index
+from episodes import MEMORY, Normalizer, StartContext, finger_history, memory_index
 from geometry import Cameras, action_map, ray_map, turn_between, warp_wrist
 from kinematics import (STATE_FEATURES, GraspPredictor, PosePredictor, draw_opening, moved, opening_bin, state_features,
                         surroundings, with_opening)
@@ -319,8 +321,8 @@ class VirtualEnv(gym.vector.VectorEnv):
 
     A slot that has ended stays as it is until it is reset. The reward comes at the end alone: the reflector's score
     at the stop or at the horizon, confirmed (`StopRule`). Slots nK ... nK + K - 1 are a group: they share their
-    noise, step for step, so reset them together. `reflector.score(first, previous, current, instruction)` -> (b,)
-    gets frames uint8 (b, V, 3, H, W); without a reflector nothing ends early, scores are NaN and rewards 0.
+    noise, step for step, so reset them together. `reflector.score(first, previous, current, instruction, fingers)`
+    -> (b,) gets frames uint8 (b, V, 3, H, W); without a reflector nothing ends early, scores are NaN and rewards 0.
     first, total: these are the slots from `first` on of `total`, the rest being other processes' (the same noise).
     """
     metadata = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
@@ -391,7 +393,8 @@ class VirtualEnv(gym.vector.VectorEnv):
         if len(slots) and self.reflector is not None:
             now, instruction = self.time[slots], [self.instruction[i] for i in slots.tolist()]
             first, before, current = (self.frames[slots, t] for t in (torch.zeros_like(now), now - 1, now))
-            score[slots] = self.reflector.score(first, before, current, instruction).float()
+            fingers = finger_history(self.states[slots])[torch.arange(len(slots)), now.cpu()]  # (b, K)
+            score[slots] = self.reflector.score(first, before, current, instruction, fingers).float()
         b = slots.cpu().numpy()
         self.scores[b] = np.concatenate([self.scores[b, 1:], score[slots].cpu().numpy()[:, None]], axis=1)
         confirmed = torch.from_numpy(self.config.stop.confirmed(self.scores)[:, -1]).to(self.device)

@@ -52,7 +52,7 @@ def episodes():
 
 class Bright:
     """Takes a bright picture for a success."""
-    def score(self, first, previous, current, instruction):
+    def score(self, first, previous, current, instruction, fingers):
         return torch.sigmoid((current.float().mean(dim=(1, 2, 3, 4)) - 127.5) / 2)
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from episodes import ChunkData, CloneData, Episode, Normalizer, joined, memory_index
+from episodes import ChunkData, CloneData, Episode, Normalizer, finger_history, joined, memory_index
 from runs import UserError
 
 
@@ -78,6 +78,15 @@ def test_memory_always_holds_the_first_and_the_last_frame():
     assert memory_index(torch.tensor([0, 1, 9])).tolist() == [[0, 0, 0, 0], [0, 0, 0, 1], [0, 3, 6, 9]]
 
 
+def test_the_fingers_history_is_newest_first_and_begins_with_the_first_frame():
+    states = torch.zeros(2, 12, 8)
+    states[:, :, 6] = torch.arange(12.0)
+    states[:, :, 7] = -torch.arange(12.0)
+    history = finger_history(states)
+    assert history.shape == (2, 12, 8)
+    assert history[1, 2].tolist() == [4, 2, 0, 0, 0, 0, 0, 0] and history[1, 11].tolist() == [22, 20, 18, 16, 14, 12, 10, 8]
+
+
 def test_a_reflector_batch_draws_all_frames_evenly_and_labels_the_last_of_three():
     batch = ChunkData([make_episode(stride=8)], 8, "cpu").frame_batch(600, torch.Generator().manual_seed(0))
     first, previous, current = batch["frames"][:, :, 0, 0, 0, 0].T
@@ -85,6 +94,7 @@ def test_a_reflector_batch_draws_all_frames_evenly_and_labels_the_last_of_three(
     assert (first == 0).all() and torch.equal(previous.int(), (current.int() - 8).clamp(min=0))
     assert all(60 < (current == 8 * t).sum() < 140 for t in range(6)), "the last frame counts as the others do"
     assert batch["valid"].sum() == 600 and batch["valid"][:, 2].all()
+    assert batch["fingers"].shape == (600, 3, 8) and not batch["fingers"].any()  # as in these states
 
 
 @pytest.mark.parametrize("stride", [1, 2])

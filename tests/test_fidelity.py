@@ -42,13 +42,13 @@ class Bright:
     def parameters(self):
         return iter([torch.zeros(1)])
 
-    def __call__(self, frames, instruction):
+    def __call__(self, frames, instruction, fingers):
         return frames.float().mean((2, 3, 4, 5)) - 100
 
     def probability(self, logits):
         return torch.sigmoid(logits)
 
-    def score(self, first, previous, current, instruction):
+    def score(self, first, previous, current, instruction, fingers):
         return torch.sigmoid(current.float().mean((1, 2, 3, 4)) - 100)
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from episodes import finger_history
 from geometry import camera_pose, project
 from libero_env import LiberoContext, LiberoTask, LiberoVectorEnv, initial_states, load_suite, merge_vertices, shrink, step_limit
 from runs import UserError
@@ -142,11 +143,25 @@ def test_frames_are_upright_and_averaged_down(task):
         shrink(frames, 50)
 
 
+class Listener:
+    """A reflector that keeps what it is told of the fingers."""
+
+    def __init__(self):
+        self.told = []
+
+    def score(self, first, previous, current, instruction, fingers):
+        self.told.append(fingers[0])
+        return torch.zeros(1)
+
+
 def test_an_episode_is_taken_up_again_where_its_prefix_ends_and_is_cut_off_in_time():
-    env = LiberoVectorEnv("libero_object", 1, mesh_cell=0.006)
+    listener = Listener()
+    env = LiberoVectorEnv("libero_object", 1, mesh_cell=0.006, reflector=listener)
     try:
         actions = torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, (1, 3, 8, 7)))
         frames = [env.reset([LiberoContext(0, seed=5)])[0]] + [env.step(actions[:, t])[0] for t in range(3)]
+        states = torch.stack([obs["state"][0] for obs in frames])
+        assert torch.equal(torch.stack(listener.told), finger_history(states)) and listener.told[3].unique().numel() > 2
         prefix = actions[0, :2].flatten(0, 1).numpy()
         again, _ = env.reset([LiberoContext(0, seed=5, prefix=prefix, max_steps=8)])
         after, _, terminated, truncated, _ = env.step(actions[:, 2])

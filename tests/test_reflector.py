@@ -27,7 +27,8 @@ def clips(count=8, seed=0, T=5, size=32):
         done, left = rng.integers(1, T), rng.random() < 0.5
         frames[i, done:, :, :, 12:20, slice(4, 12) if left else slice(20, 28)] = 255
         labels[i, done:] = float(left == (texts[i] == MILK))
-    return {"frames": torch.from_numpy(frames), "instruction": texts, "labels": torch.from_numpy(labels),
+    fingers = torch.from_numpy(rng.random((count, T, 8), dtype=np.float32) * 0.08)
+    return {"frames": torch.from_numpy(frames), "instruction": texts, "labels": torch.from_numpy(labels), "fingers": fingers,
             "valid": torch.ones(count, T, dtype=torch.bool)}
 
 
@@ -41,37 +42,47 @@ def test_overfits_eight_clips_whose_success_depends_on_the_instruction():
         loss.backward()
         optimizer.step()
     assert metrics["loss"] < 0.05 and metrics["accuracy"] == 1
-    scores = torch.sigmoid(model(batch["frames"], batch["instruction"])).detach().numpy()
+    scores = torch.sigmoid(model(batch["frames"], batch["instruction"], batch["fingers"])).detach().numpy()
     assert reflector_metrics(scores, batch["labels"].numpy(), batch["valid"].numpy(), StopRule())["auroc"] == 1
     swapped = [MILK if text == SOUP else SOUP for text in batch["instruction"]]
-    assert (model(batch["frames"], swapped) - model(batch["frames"], batch["instruction"])).abs().max() > 1
+    assert (model(batch["frames"], swapped, batch["fingers"]) - model(batch["frames"], batch["instruction"], batch["fingers"])).abs().max() > 1
 
 
 def test_does_not_depend_on_the_order_of_the_batch():
     model, batch, order = tiny(), clips(), torch.tensor([3, 0, 7, 1, 6, 2, 5, 4])
-    expected = model(batch["frames"], batch["instruction"])[order]
-    got = model(batch["frames"][order], [batch["instruction"][i] for i in order])
+    expected = model(batch["frames"], batch["instruction"], batch["fingers"])[order]
+    got = model(batch["frames"][order], [batch["instruction"][i] for i in order], batch["fingers"][order])
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_score_sees_the_first_previous_and_current_frame_and_no_other():
     model, batch = tiny(), clips(count=2)
-    before = model(batch["frames"], batch["instruction"])
+    before = model(batch["frames"], batch["instruction"], batch["fingers"])
     for changed, seen in [(0, {0, 1, 2, 3, 4}), (2, {2, 3}), (4, {4})]:
         frames = batch["frames"].clone()
         frames[:, changed] = 255 - frames[:, changed]
-        difference = (model(frames, batch["instruction"]) - before).abs().amin(dim=0)
-        unseen = (model(frames, batch["instruction"]) - before).abs().amax(dim=0)
+        difference = (model(frames, batch["instruction"], batch["fingers"]) - before).abs().amin(dim=0)
+        unseen = (model(frames, batch["instruction"], batch["fingers"]) - before).abs().amax(dim=0)
         for t in range(5):
             assert difference[t] > 0 if t in seen else unseen[t] < 1e-6, (changed, t)
+
+
+def test_it_is_told_the_fingers_of_its_own_frame_alone_unless_it_shall_not_know():
+    batch = clips(count=2)
+    moved = batch["fingers"].clone()
+    moved[:, 2] = 0.08 - moved[:, 2]
+    for told in (True, False):
+        model = tiny(fingers=told)
+        before, after = (model(batch["frames"], batch["instruction"], fingers) for fingers in (batch["fingers"], moved))
+        assert (before != after).any(0).tolist() == [False, False, told, False, False]
 
 
 def test_score_is_the_sigmoid_of_forward():
     model, batch = tiny(), clips(count=3)
     frames = batch["frames"]
-    logits = model(frames, batch["instruction"])
+    logits = model(frames, batch["instruction"], batch["fingers"])
     for t, previous in [(0, 0), (1, 0), (4, 3)]:
-        score = model.score(frames[:, 0], frames[:, previous], frames[:, t], batch["instruction"])
+        score = model.score(frames[:, 0], frames[:, previous], frames[:, t], batch["instruction"], batch["fingers"][:, t])
         torch.testing.assert_close(score, torch.sigmoid(logits[:, t]))
         assert score.shape == (3,) and not score.requires_grad
 
@@ -93,7 +104,7 @@ def test_frames_beyond_valid_change_neither_loss_nor_gradient():
 
 def test_loss_is_weighted_binary_cross_entropy():
     batch = clips()
-    logits = tiny()(batch["frames"], batch["instruction"]).detach()
+    logits = tiny()(batch["frames"], batch["instruction"], batch["fingers"]).detach()
     labels = batch["labels"]
     by_hand = -(3 * labels * torch.sigmoid(logits).log() + (1 - labels) * torch.sigmoid(-logits).log()).mean()
     loss, _ = reflector_loss(tiny(positive_weight=3.0, shift=0, brightness=0.0), batch, torch.Generator())

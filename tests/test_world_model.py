@@ -11,7 +11,7 @@ import torch
 from diffusers import EDMEulerScheduler
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from episodes import Normalizer, StartContext
+from episodes import Normalizer, StartContext, finger_history
 from geometry import Camera, Cameras
 from reflector import StopRule
 from runs import UserError
@@ -48,7 +48,7 @@ def make_actions(B, T, seed=1):
 
 
 class NeverDone:
-    def score(self, first, previous, current, instruction):
+    def score(self, first, previous, current, instruction, fingers):
         return torch.full((len(instruction),), 0.25)
 
 
@@ -238,9 +238,9 @@ def test_the_reflector_ends_episodes_and_pays_only_at_the_end():
         """Scores rise with time: 0.2 more each chunk; task 1 is never done."""
         calls = 0
 
-        def score(self, first, previous, current, instruction):
+        def score(self, first, previous, current, instruction, fingers):
             self.calls += 1
-            self.batch = len(instruction)
+            self.batch, self.fingers = len(instruction), fingers
             return torch.tensor([0.2 * self.calls if name == "task 0" else 0.1 for name in instruction])
 
     script = Script()
@@ -252,6 +252,7 @@ def test_the_reflector_ends_episodes_and_pays_only_at_the_end():
     assert torch.allclose(rewards, torch.tensor([[0, 0], [0, 0], [0.6, 0], [0, 0.1], [0, 0], [0, 0]]))
     assert terminated.nonzero().tolist() == [[2, 0]] and truncated.nonzero().tolist() == [[3, 1]]
     assert script.calls == 4 and script.batch == 1  # what has ended is not computed any more
+    assert torch.equal(script.fingers, finger_history(env.states)[1:, 4])
     assert torch.equal(scores.isnan(), torch.tensor([[0, 0]] * 3 + [[1, 0]] + [[1, 1]] * 2).bool())
     assert torch.equal(history[2][0]["images"][0], history[5][0]["images"][0])
 
@@ -260,7 +261,7 @@ def test_a_stop_is_confirmed_by_the_next_frame_and_a_reset_forgets_the_last():
     class Script:
         scores = iter([0.9, 0.2, 0.8, 0.7, 0.6, 0.6])
 
-        def score(self, first, previous, current, instruction):
+        def score(self, first, previous, current, instruction, fingers):
             return torch.tensor([next(self.scores)])
 
     env = VirtualEnv(make_model(), Script(), VirtualEnvConfig(horizon=9), 1)
