@@ -19,8 +19,10 @@ Departures from Algorithm 1, and what the paper leaves open:
     one epoch learns faster than four.
  4. By default the whole (small) backbone is trained; `lora_rank` does as the paper does.
  5. The gradient's norm is clipped, and `temperature` scales b, in sampling and in scoring alike.
- 6. By default one draw of noise moves all steps of a chunk (`chunk_noise`). With a draw for every step, gradients of 64
-    rollouts each had nothing in common (cosine 0 in the mean, ABLATIONS.md): 56 numbers a chunk, of which few matter.
+ 6. By default one draw of noise moves all steps of a chunk (`chunk_noise`) and mostly goes on in the next one
+    (`persistence`), for the first chunks of a rollout alone (`explore_chunks`), which starts just before a grasp: a
+    small part of the paper's dimensions, and those that decide. `log_prob` stays that of one chunk by itself. With a
+    draw for every step, gradients of 64 rollouts each had nothing in common (cosine 0 in the mean, ABLATIONS.md).
 As in the paper: no critic, no KL, no entropy bonus, rewards not divided by their deviation.
 
 Shapes: B rollouts = G groups × K, T time in chunks, V camera views, L action-chunk length, A action
@@ -48,8 +50,8 @@ class PPOConfig:
     minibatch: int = 0  # chunks in an optimiser step; 0 takes the whole buffer; the paper's 4
     microbatch: int = 64  # chunks in a forward pass (of all processes); gradients add up, so it is memory alone
     clip_coef: float = 0.1  # nothing is gained by a ratio outside 1 ± clip_coef; the paper's 0.1
-    lr_backbone: float = 2e-5  # learning rate of everything but the heads; the paper's 1e-4 is for LoRA on 7B
-    lr_heads: float = 2e-6  # learning rate of the action head and the scale head; the paper's 1e-5
+    lr_backbone: float = 3e-5  # learning rate of everything but the heads; the paper's 1e-4 is for LoRA on 7B
+    lr_heads: float = 3e-6  # learning rate of the action head and the scale head; the paper's 1e-5
     warmup: int = 8  # optimiser steps of linear warm-up: Adam's first steps move every weight by the whole rate
     lora_rank: int = 0  # 0 trains the whole backbone; above, only low-rank changes of its matrices (the paper's 32)
     train_scale: bool = True  # train the scale head too, as the paper does; else exploration stays as it is
