@@ -149,7 +149,10 @@ def first_closing(states) -> int | None:
 
 
 def finger_history(states: torch.Tensor) -> torch.Tensor:
-    """States (..., T, 8) -> (..., T, K) m between the fingers in the newest K frames, newest first; before the first, as in it."""
+    """States (..., T, 8) -> (..., T, K) m between the fingers in the newest K = 8 frames, newest first.
+
+    What was before the first frame is as in it.
+    """
     frames = torch.arange(states.shape[-2], device=states.device)[:, None] - torch.arange(8, device=states.device)
     return (states[..., 6] - states[..., 7])[..., frames.clamp(min=0)]
 

@@ -122,8 +122,8 @@ def rollout(policy, env, contexts, greedy=False, temperature=1.0, generator=None
         steps.append((which[index], chunk[index], {
             "images": obs["images"][index], "states": obs["state"][index], "actions": action,
             "env_actions": env_action, "log_prob": distribution.log_prob(action), "valid": index >= 0,
-            "explored": explored.to(reward.device), "reward": reward[index], "terminated": terminated[index], "success": success[index],
-            "score": torch.as_tensor(info["score"])[index]}))
+            "explored": explored.to(reward.device), "reward": reward[index], "terminated": terminated[index],
+            "success": success[index], "score": torch.as_tensor(info["score"])[index]}))
         ended = (terminated | truncated).cpu() & (which < total)            # (slots,)
         chunk = torch.where(ended, 0, chunk + 1)
         which = torch.where(ended, which + slots, which)

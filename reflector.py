@@ -34,7 +34,8 @@ Departures from the paper
    go of. On imagined pictures it could not see that, and paid for empty hands (ABLATIONS.md).
 A policy can cheat a reward model where it stops falsely, so `reflector_metrics` reports `false_stop_rate`.
 
-Shapes: B trajectories, T time in chunks, K = 8 newest frames, V views, C,H,W image, N prefixes out of B*T, D width, E episodes.
+Shapes: B trajectories, T time in chunks, K = 8 newest frames, V views, C,H,W image, N prefixes out of B*T, D width,
+E episodes.
 
 Try it:  python -m pytest tests/test_reflector.py
 """
