@@ -145,7 +145,7 @@ def test_a_refresh_explores_with_the_last_policy_and_keeps_data_and_weights(fini
     folder = tmp_path / "refreshed"
     stages = ["demonstrate", "clone", "explore", "simulate", "reflect"]
     process = run("train.py", *TINY, "--refresh", finished[0], "--stages", *stages, "--output_dir", folder,
-                  "--simulate.steps", 0, "--grasp.steps", 0, "--reflect.steps", 0)
+                  "--simulate.steps", 0, "--drift.steps", 0, "--grasp.steps", 0, "--reflect.steps", 0)
     assert process.returncode == 0, process.stderr
     base, names = finished[0], lambda path: {file.name for file in (path / "explore").glob("*.npz")}
     assert names(base) < names(folder) and len(names(folder)) == 2 * len(names(base))
