@@ -81,7 +81,7 @@ class Expert:
             return self.slide(region[0], "open")
         if self.moving(name) and np.linalg.norm(self.landing(*open_goals[0][1:])[0] - self.origin(name)[:2]) < 0.05:
             return self.retreat()  # it was let go and falls into place
-        grip, yaw, free = self.grip(name)
+        grip, yaw, free = self.grip(name, region[0])
         on_table = region[0] in self.world.object_sites_dict and not self.world.object_sites_dict[region[0]].parent_name
         return self.push(name, region[0]) if on_table and not free else self.grasp(name, grip, yaw)
 
@@ -117,11 +117,11 @@ class Expert:
         """What cannot be gripped (a plate) is pushed at its rim, from inside, with closed fingers."""
         way = self.landing(name, region)[0] - self.origin(name)[:2]
         way = np.append(way / np.linalg.norm(way), 0)
-        middle = self.origin(name) * [1, 1, 0] + (self.support + FINGERTIP + 0.008) * UP
+        middle = self.origin(name) * [1, 1, 0] + (self.support + FINGERTIP - 0.004) * UP
         offset = (self.position - middle) @ way
         aside = self.position - middle - offset * way
         self.may_push = aside[2] > 0.06
-        if np.abs(aside[:2]).max() < 0.02 and aside[2] < 0.006 and -0.04 < offset < 0.07:
+        if np.abs(aside[:2]).max() < 0.02 and aside[2] < 0.012 and -0.04 < offset < 0.07:
             return self.position + 0.06 * way - aside, pointing(-UP), 1.0
         return self.over(middle, FINGERTIP, np.linalg.norm((middle - self.position)[:2]) - 0.02, 0), pointing(-UP), 1.0
 
@@ -253,7 +253,7 @@ class Expert:
         robot, thing = self.world.robots[0], self.things[name]
         fingers = robot.gripper.important_geoms
         sides = [fingers["left_finger"], fingers["right_finger"]]
-        if self.opening > CLOSING:
+        if not 0.002 < self.opening < CLOSING:
             return False
         speed = np.abs(self.data.qvel[robot._ref_gripper_joint_vel_indexes]).max()
         stopped = 0.003 < self.opening and (speed < 0.01 or self.opening < 0.015)  # on a thin rim, perhaps one alone
@@ -277,11 +277,12 @@ class Expert:
         turns = [(rotation * about * self.rotation.inv()).as_rotvec() for about in HALF_TURNS]
         return min(turns, key=np.linalg.norm)
 
-    def grip(self, name):
+    def grip(self, name, region):
         """(3,) grip point, yaw, whether it can be gripped there: the part of the object that is easiest to grip from above.
 
         Candidates are the middles of its shapes and its own. Something must be between the fingers, and nothing where the
-        open fingers and the palm will be. The cheapest has little yaw and is near the object's middle.
+        open fingers and the palm will be, here and where the object goes. The cheapest has little yaw and is near the
+        object's middle.
         """
         own, others = self.cloud[name], self.neighbours(name)
         middle = (own.min(axis=0) + own.max(axis=0)) / 2
@@ -307,6 +308,10 @@ class Expert:
         touched = np.maximum(height[best], palm_height(u, v, z)) > top[best] - 0.006  # rather the palm than the fingers
         under = (u < PALM[0]) & (v < PALM[1]) & (z > height[best] + FINGER_DEPTH)
         cost = cost[best] + 100 * blocked(u, v, z, height[best]) + 50 * touched + under.sum(axis=0)
+        goal, floor = self.landing(name, region)
+        there = centres[best, :2] + goal - self.origin(name)[:2]
+        palm = palm_height(*in_hand(others[np.abs(others[:, :2] - goal).max(axis=1) < 0.3], there, yaws[best]))
+        cost = cost + 20 * (palm > floor + height[best] - own[:, 2].min() + 0.05)  # it would let go from high above
         c = np.argmin(cost)
         height = height[best[c]] if touched[c] else max(height[best[c]], palm_height(u, v, z)[c])
         return np.array([*centres[best[c], :2], height]), yaws[best[c]], cost[c] < 90
