@@ -398,7 +398,7 @@ def test_ppo_updates_lora_and_the_heads_alone(checkpoint, dtype):
         action = distribution.sample(torch.Generator().manual_seed(0))
     played = Rollout(obs["images"][:, None].expand(-1, 2, -1, -1, -1, -1), obs["state"][:, None].expand(-1, 2, -1),
                      obs["instruction"], action[:, None], policy.env_actions(action)[:, None],
-                     distribution.log_prob(action)[:, None], torch.ones(2, 1, dtype=torch.bool), torch.tensor([0.0, 1.0]),
+                     distribution.log_prob(action)[:, None], *torch.ones(2, 2, 1, dtype=torch.bool), torch.tensor([0.0, 1.0]),
                      torch.zeros(2, 1, dtype=torch.bool), torch.zeros(2, 1), torch.ones(2, dtype=torch.bool))
     before = {name: value.clone() for name, value in policy.state_dict().items()}
     config = PPOConfig(temperature=1.0, chunk_noise=False, lr_backbone=1e-3, lr_heads=1e-4, warmup=1, epochs=2)
