@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from geometry import opening
 from runs import UserError
 
 VIEWS = ("agentview", "wrist")
@@ -144,15 +145,15 @@ class StartContext:
 
 def first_closing(states) -> int | None:
     """The first of the frames `states` (T, 8) in which the fingers have begun to close."""
-    closing = np.flatnonzero(states[:, 6] - states[:, 7] < CLOSING)
+    closing = np.flatnonzero(opening(states) < CLOSING)
     return int(closing[0]) if len(closing) else None
 
 
 def undecided(track: Chunked) -> np.ndarray:
     """(T,) bool: chunks that close the fingers, while these are open or still on the move: what will they hold?"""
-    opening = track.states[:, 6] - track.states[:, 7]
-    moved = -np.diff(opening, prepend=opening[0])  # in the chunk before
-    return (track.actions[:, -1, 6] > 0) & ((opening > CLOSING) | (opening > 0.006) & (moved > 0.002))[:-1]
+    apart = opening(track.states)  # (T+1,) m
+    closed_by = -np.diff(apart, prepend=apart[0])  # in the chunk before
+    return (track.actions[:, -1, 6] > 0) & ((apart > CLOSING) | (apart > 0.006) & (closed_by > 0.002))[:-1]
 
 
 def finger_history(states: torch.Tensor) -> torch.Tensor:
@@ -161,7 +162,7 @@ def finger_history(states: torch.Tensor) -> torch.Tensor:
     What was before the first frame is as in it.
     """
     frames = torch.arange(states.shape[-2], device=states.device)[:, None] - torch.arange(8, device=states.device)
-    return (states[..., 6] - states[..., 7])[..., frames.clamp(min=0)]
+    return opening(states)[..., frames.clamp(min=0)]
 
 
 def memory_index(last: int | torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from episodes import CLOSING
+from geometry import opening
 
 DOWN = Rotation.from_rotvec([np.pi, 0, 0])  # the hand's rotation when it points down; its fingers open along y
 HALF_TURNS = Rotation.identity(), Rotation.from_rotvec([0, 0, np.pi])
@@ -50,7 +51,7 @@ class Expert:
     def action(self) -> np.ndarray:
         """(7,) in [-1, 1]: a proportional step towards the target of the skill that the state calls for."""
         state = self.task.state().astype(np.float64)
-        self.position, self.opening = state[:3], state[6] - state[7]
+        self.position, self.opening = state[:3], opening(state)
         self.rotation = Rotation.from_rotvec(state[3:6])
         self.may_push = True
         self.cloud = {name: self.points(name) for name in self.shapes}

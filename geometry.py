@@ -97,6 +97,11 @@ def rotation_matrix(axis_angle: Tensor) -> Tensor:
     return eye + 2 * w[..., None] * cross + 2 * cross @ cross
 
 
+def opening(state):
+    """(..., 8) -> (...,): m between the fingers; tensor or array."""
+    return state[..., 6] - state[..., 7]
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Cameras
 # ----------------------------------------------------------------------------------------------------------
@@ -175,5 +180,5 @@ def action_map(camera: Camera, state: Tensor, size: int, hand: Tensor | None = N
     to_origin = offset.norm(dim=-1) / 2  # (B, H, W, 1)
     lines = (0.5 + (LINE_WIDTH / 2 - to_line) * size).clamp(0, 1)  # edges are one pixel soft
     disc = (0.5 + (CIRCLE_RADIUS - to_origin) * size).clamp(0, 1)
-    opening = ((state[:, 6] - state[:, 7]) / MAX_OPENING).clamp(0, 1).view(-1, 1, 1, 1)
-    return torch.maximum(disc * (0.2 + 0.6 * opening), lines).permute(0, 3, 1, 2)
+    brightness = 0.2 + 0.6 * (opening(state) / MAX_OPENING).clamp(0, 1).view(-1, 1, 1, 1)
+    return torch.maximum(disc * brightness, lines).permute(0, 3, 1, 2)

@@ -25,7 +25,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from episodes import Normalizer
-from geometry import MAX_OPENING, Cameras, camera_pose, pixel_grid, project, rotation_matrix, turn_state, warp_wrist
+from geometry import MAX_OPENING, Cameras, camera_pose, opening, pixel_grid, project, rotation_matrix, turn_state, warp_wrist
 
 STATE_FEATURES = 11  # width of `state_features`
 BINS = 20  # of the fingers' opening, MAX_OPENING / BINS wide
@@ -120,11 +120,6 @@ def around_hand(agent: Tensor, state: Tensor, cameras: Cameras) -> Tensor:
     where, _ = project(state[:, None, :3], cameras.agentview, pose)  # (B, 1, 2)
     grid = pixel_grid(agent.shape[-1], agent.device) / 2 + where[:, :, None]
     return F.grid_sample(agent, grid, padding_mode="border", align_corners=False)
-
-
-def opening(state: Tensor) -> Tensor:
-    """(B, 8) -> (B,): m between the fingers."""
-    return (state[:, 6] - state[:, 7]).clamp(0, MAX_OPENING)
 
 
 def opening_bin(state: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ import gymnasium
 import numpy as np
 import torch
 
-from geometry import Camera, Cameras
+from geometry import Camera, Cameras, opening
 from runs import UserError, single_threaded_children
 
 os.environ.setdefault("MUJOCO_GL", "egl")  # both must be set before the first import of mujoco; a user's value stays
@@ -307,7 +307,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
             images, state, instruction = self._receive(i)
             self._slots[i] = {"first": images, "previous": images, "images": images, "state": state, "steps": 0,
                               "max_steps": contexts[i].max_steps or self.max_steps, "instruction": instruction,
-                              "fingers": np.full(8, state[6] - state[7], np.float32), "reached": None,
+                              "fingers": np.full(8, opening(state), np.float32), "reached": None,
                               "since": 0, "scores": [], "over": False}
         return self._observe(), self._info()
 
@@ -325,7 +325,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
             if held.any() and slot["reached"] is None:
                 slot["reached"] = slot["steps"] + int(held.argmax()) + 1
             slot |= {"previous": slot["images"], "images": images, "state": state, "steps": slot["steps"] + len(held),
-                     "fingers": np.append(state[6] - state[7], slot["fingers"][:-1])}  # as `finger_history` has it
+                     "fingers": np.append(opening(state), slot["fingers"][:-1])}  # as `finger_history` has it
             success[i] = bool(held[-1])
         info = self._info(success)
         for i in playing:

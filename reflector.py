@@ -193,32 +193,32 @@ class Reflector(nn.Module):
         self.head = nn.Sequential(nn.Dropout(config.dropout), nn.LayerNorm(D), nn.Linear(D, D), nn.ReLU(), nn.Linear(D, 1))
         self.register_buffer("platt", torch.tensor([1.0, 0.0]))  # set by `calibrate`
 
-    def forward(self, frames: Tensor, instruction: list[str], fingers: Tensor | None = None) -> Tensor:
-        """Frames (B, T, V, 3, H, W), B texts, fingers (B, T, K): see `finger_history`; None: it is not told.
+    def forward(self, frames: Tensor, instruction: list[str], fingers: Tensor) -> Tensor:
+        """Frames (B, T, V, 3, H, W), B texts, fingers (B, T, K): see `finger_history`.
 
         -> logits (B, T); logit t looks at frames 0, t-1 and t only.
         """
         everywhere = torch.ones(frames.shape[:2], dtype=torch.bool, device=frames.device)
         return self.logits(frames, instruction, everywhere, fingers).view(frames.shape[:2])
 
-    def logits(self, frames: Tensor, instruction: list[str], where: Tensor, fingers: Tensor | None = None) -> Tensor:
+    def logits(self, frames: Tensor, instruction: list[str], where: Tensor, fingers: Tensor) -> Tensor:
         """As `forward`, but only for the N prefixes that end where `where` (B, T) is True -> (N,)."""
         first = frames[:, :1].expand_as(frames)
         previous = torch.cat([frames[:, :1], frames[:, :-1]], dim=1)
         texts = [instruction[b] for b in where.nonzero()[:, 0].tolist()]  # N
-        return self.judge(first[where], previous[where], frames[where], texts, None if fingers is None else fingers[where])
+        return self.judge(first[where], previous[where], frames[where], texts, fingers[where])
 
     def judge(self, first: Tensor, previous: Tensor, current: Tensor, instruction: list[str],
-              fingers: Tensor | None) -> Tensor:
+              fingers: Tensor) -> Tensor:
         """Frames (N, V, 3, H, W) each, fingers (N, K) -> logits (N,)."""
         h = self.encoder(first, previous, current, instruction)  # (N, D)
-        if self.fingers is not None and fingers is not None:
+        if self.fingers is not None:
             h = h + self.fingers(fingers / MAX_OPENING * 2 - 1)
         return self.head(h).float().squeeze(1)
 
     @torch.no_grad()
     def score(self, first: Tensor, previous: Tensor, current: Tensor, instruction: list[str],
-              fingers: Tensor | None = None) -> Tensor:
+              fingers: Tensor) -> Tensor:
         """Frames (B, V, 3, H, W) each -> P(task done) (B,). In the first frame, previous = first."""
         return self.probability(self.judge(first, previous, current, instruction, fingers))
 
@@ -258,11 +258,10 @@ def reflector_loss(model: Reflector, batch: dict, generator: torch.Generator, ro
     """Binary cross-entropy, the mean over the N valid frames of `rows`; the others cost nothing.
 
     batch: frames uint8 (B, T, V, 3, H, W), instruction (B texts), labels (B, T) in {0, 1}, valid bool (B, T), and
-    fingers (B, T, K), if it is to be told.
+    fingers (B, T, K).
     """
     frames, valid = augment(batch["frames"], model.config, generator)[rows], batch["valid"][rows]
-    fingers = batch["fingers"][rows] if "fingers" in batch else None
-    logits = model.logits(frames, batch["instruction"][rows], valid, fingers)  # (N,)
+    logits = model.logits(frames, batch["instruction"][rows], valid, batch["fingers"][rows])  # (N,)
     labels = batch["labels"][rows][valid].float()  # (N,)
     weight = torch.where(labels > 0.5, model.config.positive_weight, 1.0)
     loss = F.binary_cross_entropy_with_logits(logits, labels, weight)

@@ -138,3 +138,16 @@ def test_an_episode_comes_back_as_it_was_saved_and_a_truncated_one_is_refused(tm
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(UserError, match="not a whole episode"):
         Episode.load(path)
+
+
+def test_half_of_a_grasp_batch_is_of_fingers_that_close_and_have_not_come_to_rest():
+    episode = make_episode(steps=64, stride=8)
+    apart = np.array([0.08, 0.08, 0.05, 0.03, 0.03, 0.03, 0.03, 0.08, 0.08], np.float32)
+    episode.states[:] = apart[:, None] * np.eye(8)[6]
+    episode.executed[:, 6] = np.repeat([-1, 1, 1, 1, 1, 1, -1, -1], 8)
+    data = ChunkData([episode], 8, "cpu")
+    assert data.grasping == [(0, 1), (0, 2), (0, 3)]
+    later = data.grasp_batch(400, torch.Generator().manual_seed(0))["next_state"][:, 6]
+    assert 230 < sum(torch.isclose(later, torch.tensor(value)).sum() for value in (0.05, 0.03)) < 400
+    episode.executed[:, 6] = -1
+    assert len(ChunkData([episode], 8, "cpu").grasp_batch(4, torch.Generator())["state"]) == 4, "fingers that never close"

@@ -180,9 +180,10 @@ def test_calibration_finds_the_slope_and_shift_that_the_labels_have():
     calibrate(model, logits, labels)
     assert torch.allclose(model.platt, torch.tensor([0.5, 1.0]), atol=0.05)
     batch = clips(count=2)
-    frames, texts = batch["frames"], batch["instruction"]
-    score = model.score(frames[:, 0], frames[:, 0], frames[:, 1], texts)
-    torch.testing.assert_close(score, torch.sigmoid(model.platt[0] * model(frames[:, :2], texts)[:, 1] + model.platt[1]))
+    frames, texts, fingers = batch["frames"], batch["instruction"], batch["fingers"]
+    score = model.score(frames[:, 0], frames[:, 0], frames[:, 1], texts, fingers[:, 1])
+    logits = model(frames[:, :2], texts, fingers[:, :2])[:, 1]
+    torch.testing.assert_close(score, torch.sigmoid(model.platt[0] * logits + model.platt[1]))
     calibrate(model, torch.tensor([-3.0, 3.0]), torch.tensor([0.0, 1.0]))
     assert model.platt[0] < 30, "labels that are told apart perfectly must not make it blindly sure"
 
@@ -223,21 +224,21 @@ def tiny_vlm(folder, kind):
 @pytest.mark.parametrize("kind", ["llava", "idefics3"])
 def test_any_image_text_model_is_read_frozen_and_only_what_was_trained_is_saved(kind, tmp_path):
     model, batch = tiny(backbone=tiny_vlm(tmp_path / "vlm", kind)), clips(count=4, T=3)
-    frames, texts = batch["frames"], batch["instruction"]
+    frames, texts, fingers = batch["frames"], batch["instruction"], batch["fingers"]
     before = {name: value.clone() for name, value in model.encoder.frozen[0].state_dict().items()}
     loss, _ = reflector_loss(model, batch, torch.Generator().manual_seed(0))
     loss.backward()
     assert all(p.grad is not None for p in model.parameters())
     assert all(p.grad is None for p in model.encoder.frozen[0].parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.encoder.frozen[0].state_dict().items())
-    scores = model(frames, texts)
-    assert (model(255 - frames, texts) - scores).abs().max() > 1e-6, "it does not look"
+    scores = model(frames, texts, fingers)
+    assert (model(255 - frames, texts, fingers) - scores).abs().max() > 1e-6, "it does not look"
     longer = [text + " pick up the milk" if i else text for i, text in enumerate(texts)]  # padding beside a short text
-    torch.testing.assert_close(model(frames, longer)[0], scores[0], atol=1e-4, rtol=1e-4)
-    assert (model(frames, longer)[1:] - scores[1:]).abs().max() > 1e-6, "it does not read"
+    torch.testing.assert_close(model(frames, longer, fingers)[0], scores[0], atol=1e-4, rtol=1e-4)
+    assert (model(frames, longer, fingers)[1:] - scores[1:]).abs().max() > 1e-6, "it does not read"
     model.save_pretrained(tmp_path / "reflector")
     assert not any("frozen" in name or "vision" in name for name in model.state_dict())
-    assert torch.equal(Reflector.from_pretrained(tmp_path / "reflector")(frames, texts), scores)
+    assert torch.equal(Reflector.from_pretrained(tmp_path / "reflector")(frames, texts, fingers), scores)
 
 
 def test_a_backbone_that_is_none_is_one_clear_line(tmp_path):
@@ -250,8 +251,8 @@ def test_save_and_load_are_bit_equal_and_a_foreign_folder_is_refused(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = Reflector.from_pretrained(tmp_path)
     assert loaded.config == model.config
-    frames, texts = batch["frames"], batch["instruction"]
-    assert torch.equal(loaded(frames, texts), model(frames, texts))
+    frames, texts, fingers = batch["frames"], batch["instruction"], batch["fingers"]
+    assert torch.equal(loaded(frames, texts, fingers), model(frames, texts, fingers))
     (tmp_path / "config.json").write_text('{"depth": 3}')
     with pytest.raises(UserError, match="train again"):
         Reflector.from_pretrained(tmp_path)
