@@ -28,7 +28,6 @@ Try it:  python -m pytest tests/test_openvla.py
 from __future__ import annotations
 
 import io
-import re
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
@@ -36,7 +35,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
 from PIL import Image
 from safetensors import safe_open
 from tokenizers import Tokenizer
@@ -48,7 +46,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from episodes import Normalizer
 from policy import MLPResNet, Policy, PolicyConfig
 from ppo import LoRA, add_lora
-from runs import UserError, load_weights, read_json, save_model
+from runs import UserError, find_model, load_weights, read_json, save_model
 
 MODEL_TYPE = "world_env_openvla"
 PICTURE, PATCH = 224, 14  # pixels
@@ -190,6 +188,7 @@ class OpenVLAPolicy(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder) -> "OpenVLAPolicy":
+        folder = find_model(folder)
         try:
             config = PolicyConfig(**read_json(f"{folder}/config.json")["config"])
         except (TypeError, KeyError) as error:
@@ -323,16 +322,8 @@ def read_weights(folder, policy) -> dict[str, torch.Tensor]:
 
 
 def checkpoint_folder(name) -> Path:
-    """A folder as it is, a hub id downloaded (once) without the adapter that is merged already."""
-    folder = Path(name)
-    if not folder.is_dir():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-            raise UserError(f"--policy.backbone {name} is neither a folder nor a hub id (owner/name)")
-        try:
-            folder = Path(snapshot_download(name, allow_patterns=[*FILES, "*.json"], ignore_patterns=["lora_adapter/*"]))
-        except Exception as error:  # the hub's client raises what its HTTP library raises
-            raise UserError(f"--policy.backbone {name} is no folder here and cannot be had from the hub "
-                            f"({type(error).__name__}): check the name and the network, or give a folder") from None
+    """The checkpoint's folder (see `find_model`), without the adapter that is merged already."""
+    folder = find_model(name, "--policy.backbone ", allow_patterns=[*FILES, "*.json"], ignore_patterns=["lora_adapter/*"])
     for pattern in FILES:
         found = list(folder.glob(pattern))
         if not found or (len(found) > 1 and pattern.endswith(".pt")):

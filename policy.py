@@ -36,7 +36,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
 from episodes import Normalizer
-from runs import UserError, load_weights, read_json, save_model
+from runs import UserError, find_model, load_weights, read_json, save_model
 
 MODEL_TYPE = "world_env_policy"
 
@@ -290,6 +290,8 @@ class Policy(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder) -> "Policy":
+        """folder: or a hub id, as for the world model and the reflector."""
+        folder = find_model(folder)
         saved = read_json(f"{folder}/config.json")
         if saved.get("model_type") != MODEL_TYPE:
             raise UserError(f"{folder} holds a {saved.get('model_type')}, not a policy: name another")

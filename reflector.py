@@ -53,7 +53,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from geometry import MAX_OPENING
-from runs import UserError, load_weights, read_json, save_model
+from runs import UserError, find_model, load_weights, read_json, save_model
 
 
 @dataclass
@@ -231,8 +231,9 @@ class Reflector(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Reflector:
+        folder = find_model(folder)
         try:
-            config = ReflectorConfig(**read_json(Path(folder) / "config.json"))
+            config = ReflectorConfig(**read_json(folder / "config.json"))
         except TypeError as error:
             raise UserError(f"{folder} holds no reflector of this version: delete it, train again") from error
         return load_weights(folder, cls(config))

@@ -13,6 +13,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import time
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -114,6 +116,23 @@ def save_model(folder, module, config: dict, whole=True):
     Path(folder).mkdir(parents=True, exist_ok=True)
     _write_tensors(Path(folder) / "model.safetensors", module.state_dict() if whole else learned(module))
     write_json(Path(folder) / "config.json", config)
+
+
+def find_model(name: str | Path, flag="", **patterns) -> Path:
+    """A folder as it is; the text "owner/name", where there is no such folder, from the Hugging Face hub (once).
+
+    flag: of the command line, for the error. patterns: of the files, as `snapshot_download` takes them.
+    """
+    folder = Path(name)
+    if folder.is_dir() or not isinstance(name, str):
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(f"{flag}{name} is neither a folder nor a hub id (owner/name)")
+    try:
+        return Path(snapshot_download(name, **patterns))
+    except Exception as error:  # the hub's client raises what its HTTP library raises
+        raise UserError(f"{flag}{name} is no folder here and cannot be had from the hub ({type(error).__name__}): check "
+                        "the name and the network, or give a folder") from None
 
 
 def load_weights(folder, module, whole=True):

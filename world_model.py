@@ -44,7 +44,7 @@ from geometry import Cameras, action_map, ray_map, turn_between, warp_wrist
 from kinematics import (STATE_FEATURES, GraspPredictor, PosePredictor, draw_opening, moved, opening_bin, state_features,
                         surroundings, with_opening)
 from reflector import StopRule
-from runs import UserError, autocast, load_weights, read_json, save_model
+from runs import UserError, autocast, find_model, load_weights, read_json, save_model
 
 SIGMA_DATA = 1.0  # standard deviation of what is diffused: residual_std sees to it
 
@@ -232,7 +232,8 @@ class WorldModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> WorldModel:
-        value = read_json(Path(folder) / "config.json")
+        folder = find_model(folder)
+        value = read_json(folder / "config.json")
         try:
             model = cls(WorldModelConfig(**value["world_model"]), Cameras.from_dict(value["cameras"]),
                         Normalizer.from_dict(value["normalizer"]))

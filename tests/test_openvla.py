@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import openvla
+import runs
 from openvla import FULL_SIZE, OpenVLAPolicy, assign_keys, check_memory, is_unused, load_policy, pixel_values, size_of
 from openvla_memory import memory
 from openvla_tiny import DATA, FULL, GOLDEN, TINY, fill, hash01, key_shapes, write_checkpoint
@@ -286,7 +287,7 @@ def test_bad_checkpoints_are_refused_in_one_line(checkpoint, tmp_path, monkeypat
 
 def test_a_hub_id_is_downloaded_without_the_merged_adapter(checkpoint, policy, monkeypatch):
     asked = {}
-    monkeypatch.setattr(openvla, "snapshot_download", lambda name, **patterns: asked.update(patterns) or str(checkpoint))
+    monkeypatch.setattr(runs, "snapshot_download", lambda name, **patterns: asked.update(patterns) or str(checkpoint))
     from_hub = make_policy("moojink/some-checkpoint")
     assert from_hub.config.backbone == "moojink/some-checkpoint" and not moved(from_hub, policy.state_dict())
     assert asked["ignore_patterns"] == ["lora_adapter/*"] and "*.json" in asked["allow_patterns"]

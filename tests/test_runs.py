@@ -2,13 +2,19 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import runs
+from policy import Policy
+from reflector import Reflector
 from runs import (FitConfig, Run, UserError, fit, load_resume, load_weights, read_json, save_model, save_resume,
                   step_generator, write_json)
+from test_distributed import CAMERAS, NORMALIZER, POLICY, REFLECTOR, WORLD
+from world_model import WorldModel
 
 CPU = torch.device("cpu")
 
@@ -131,3 +137,25 @@ def test_the_log_is_json_lines(tmp_path):
     assert json.loads((tmp_path / "log.jsonl").read_text()) == {"stage": "clone", "step": 3, "loss": 0.5}
     write_json(tmp_path / "deep" / "x.json", [1])
     assert read_json(tmp_path / "deep" / "x.json") == [1]
+
+
+@pytest.mark.parametrize("kind", ["policy", "world", "reflector"])
+def test_a_model_of_ours_is_read_from_the_hub_by_its_name(kind, tmp_path, monkeypatch):
+    model = {"policy": lambda: Policy(POLICY, NORMALIZER), "world": lambda: WorldModel(WORLD, CAMERAS, NORMALIZER),
+             "reflector": lambda: Reflector(REFLECTOR)}[kind]()
+    model.save_pretrained(tmp_path / "cache")
+    monkeypatch.setattr(runs, "snapshot_download", lambda name: {"me/mine": str(tmp_path / "cache")}[name])
+    for name in ("me/mine", str(tmp_path / "cache"), tmp_path / "cache"):
+        loaded = type(model).from_pretrained(name).state_dict()
+        assert all(torch.equal(value, loaded[key]) for key, value in model.state_dict().items())
+
+
+def test_a_model_that_is_nowhere_is_one_clear_line(monkeypatch):
+    def offline(name):
+        raise ConnectionError("no route")
+    monkeypatch.setattr(runs, "snapshot_download", offline)
+    with pytest.raises(UserError, match="cannot be had from the hub .ConnectionError.: check the name and the network"):
+        runs.find_model("me/mine")
+    with pytest.raises(UserError, match="neither a folder nor a hub id"):
+        runs.find_model("runs/mine/clone")
+    assert runs.find_model(Path("runs/mine")) == Path("runs/mine"), "a stage that is missing is not looked for on the hub"
