@@ -1,4 +1,6 @@
-"""Picture encoders whose tokens the world simulator attends to (World-Env section 3.2, geometry-aware feature injection).
+"""Pretrained models that look at pictures: encoders for the world simulator, image-text models for reflector and policy.
+
+What the world simulator attends to (World-Env section 3.2, geometry-aware feature injection):
 
 The paper lets frozen VGGT features (geometry) and frozen CLIP features (semantics) enter its U-Net by cross-attention at
 several resolutions. Here any list of encoders does: `--world_model.encoders A B`, where each is the folder or hub name
@@ -16,8 +18,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 from runs import UserError
 
@@ -65,6 +68,41 @@ class PretrainedEncoder(nn.Module):
         images = F.interpolate((images + 1) / 2, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
         model = self.frozen[0].to(images.device)
         return model(pixel_values=(images - self.mean) / self.std).last_hidden_state
+
+
+class ImageTextModel:
+    """Any Hugging Face image-text model with its processor (SmolVLM, LLaVA, Qwen-VL, …): pictures and a question go in,
+    the last hidden state of the prompt's last word comes out. Not a module: who holds it decides what of it is trained.
+
+    flag: of the command line, for the error.
+    """
+
+    def __init__(self, name: str, flag: str, dtype=torch.float32):
+        try:
+            self.processor = AutoProcessor.from_pretrained(name)
+            self.model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).eval()
+        except (OSError, ValueError, ImportError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(f"{flag} {name} is no Hugging Face image-text model with its processor: {reason}") from None
+        self.width = self.model.config.get_text_config().hidden_size
+
+    def hidden(self, pictures: Tensor, questions: list[str]) -> Tensor:
+        """Pictures uint8 (N, P, 3, H, W), N questions -> (N, width)."""
+        device, dtype = self.model.device, self.model.dtype
+        files = [[Image.fromarray(x.permute(1, 2, 0).cpu().numpy()) for x in row] for row in pictures]
+        text = [self.prompt(question, pictures.shape[1]) for question in questions]
+        inputs = self.processor(images=files, text=text, padding=True, return_tensors="pt").to(device, dtype)
+        hidden = self.model(**inputs, output_hidden_states=True).hidden_states[-1]  # (N, tokens, width)
+        mask = inputs["attention_mask"]  # padding may be on either side
+        last = (mask * torch.arange(mask.shape[1], device=device)).argmax(dim=1)
+        return hidden[torch.arange(len(last), device=device), last].float()
+
+    def prompt(self, question: str, pictures: int) -> str:
+        """The question, in the model's own chat format where it has one."""
+        if self.processor.chat_template is None:
+            return " ".join([self.processor.image_token] * pictures + [question])
+        content = [{"type": "image"}] * pictures + [{"type": "text", "text": question}]
+        return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
 
 class Injection(nn.Module):

@@ -47,6 +47,7 @@ from episodes import Normalizer
 from policy import MLPResNet, Policy, PolicyConfig
 from ppo import LoRA, add_lora
 from runs import UserError, find_model, load_weights, read_json, save_model
+from vlm_policy import VLMPolicy
 
 MODEL_TYPE = "world_env_openvla"
 PICTURE, PATCH = 224, 14  # pixels
@@ -214,10 +215,18 @@ class OpenVLAPolicy(nn.Module):
         return policy.eval()
 
 
+def pretrained_policy(config: PolicyConfig, suite, normalizer):
+    """`config.backbone`: an OpenVLA-OFT checkpoint, or an image-text model of Hugging Face with new heads."""
+    path = find_model(config.backbone, "--policy.backbone ", allow_patterns=["*.json"]) / "config.json"
+    if path.exists() and read_json(path).get("model_type") != "openvla":
+        return VLMPolicy(config, normalizer)
+    return OpenVLAPolicy.from_checkpoint(config, suite)
+
+
 def load_policy(folder, device):
-    """The policy that a stage has saved, of either kind, on `device`."""
-    kind = OpenVLAPolicy if read_json(f"{folder}/config.json").get("model_type") == MODEL_TYPE else Policy
-    policy = kind.from_pretrained(folder)
+    """The policy that a stage has saved, of any kind, on `device`."""
+    kinds = {MODEL_TYPE: OpenVLAPolicy, VLMPolicy.MODEL_TYPE: VLMPolicy}
+    policy = kinds.get(read_json(f"{folder}/config.json").get("model_type"), Policy).from_pretrained(folder)
     if device.type != "cpu":
         check_memory(size_of(policy), device, f"for the policy in {folder}", "give --device cpu, or take a larger card")
     return policy.to(device)

@@ -70,6 +70,8 @@ def activations(policy, batch) -> int:
 
 def check_training(policy, batch, rank, device, flag):
     """UserError where training with `batch` samples in a forward pass (`flag` sets it) does not fit `device`."""
+    if not isinstance(policy, OpenVLAPolicy):
+        return  # an image-text model of any build: not counted
     rank = policy.config.lora_rank or rank
     needed = memory(policy.sizes, batch, rank or 1, policy.config.dtype)["lora" if rank else "scale"]
     there = size_of(policy) if policy.device.type == device.type else 0

@@ -63,9 +63,9 @@ class PolicyConfig:
     augment: bool = True  # shift and colour jitter in clone_loss
     max_shift: float = 0.05  # largest random shift of a view, as a fraction of the image side
     jitter: float = 0.2  # largest relative change of brightness, contrast and saturation
-    backbone: str = ""  # folder or hub id of an OpenVLA-OFT checkpoint (openvla.py), which has its own sizes; empty: ours
+    backbone: str = ""  # folder or hub id: OpenVLA-OFT (openvla.py) or an image-text model (vlm_policy.py); empty: ours
     statistics: str = ""  # with a backbone: key in its dataset_statistics.json; empty: the suite's
-    lora_rank: int = 0  # with a backbone: cloning fine-tunes it by LoRA of this rank (OFT: 32); 0: the scale head alone
+    lora_rank: int = 0  # with a backbone: cloning fine-tunes it by LoRA of this rank (OFT: 32); 0: heads that are new alone
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # with a backbone: of its frozen weights
 
     @classmethod

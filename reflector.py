@@ -48,10 +48,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from encoders import ImageTextModel
 from geometry import MAX_OPENING
 from runs import UserError, find_model, load_weights, read_json, save_model
 
@@ -143,42 +142,25 @@ class FrameEncoder(nn.Module):
 
 
 class VLMEncoder(nn.Module):
-    """The same (N, D) from a frozen image-text model: the last hidden state of the last word of its prompt.
+    """The same (N, D) from a frozen image-text model.
 
     The model is kept out of `parameters` and `state_dict`: checkpoints hold what was trained, and its name.
     """
 
     def __init__(self, config: ReflectorConfig):
         super().__init__()
-        try:
-            self.processor = AutoProcessor.from_pretrained(config.backbone)
-            model = AutoModelForImageTextToText.from_pretrained(config.backbone)
-        except (OSError, ValueError, ImportError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise UserError(f"--reflector.backbone {config.backbone} is no Hugging Face image-text model with its "
-                            f"processor: {reason}") from None
-        self.frozen = [model.eval().requires_grad_(False)]  # a list hides it from nn.Module
-        self.out = nn.Linear(model.config.get_text_config().hidden_size, config.width)
+        self.vlm = ImageTextModel(config.backbone, "--reflector.backbone")
+        self.vlm.model.requires_grad_(False)
+        self.out = nn.Linear(self.vlm.width, config.width)
 
     def forward(self, first: Tensor, previous: Tensor, current: Tensor, instruction: list[str]) -> Tensor:
-        device, model = self.out.weight.device, self.frozen[0].to(self.out.weight.device)
+        self.vlm.model.to(self.out.weight.device)
         frames = torch.stack([first, previous, current], dim=1).flatten(1, 2)  # (N, 3*V, 3, H, W)
-        pictures = [[Image.fromarray(x.permute(1, 2, 0).cpu().numpy()) for x in row] for row in frames]
-        text = [self.prompt(words, len(row)) for words, row in zip(instruction, pictures)]
-        inputs = self.processor(images=pictures, text=text, padding=True, return_tensors="pt").to(device)
+        questions = [f"The first, the previous and the current view of a robot. Is the task done: {words}?"
+                     for words in instruction]
         with torch.no_grad():
-            hidden = model(**inputs, output_hidden_states=True).hidden_states[-1]  # (N, tokens, width of the VLM)
-        mask = inputs["attention_mask"]  # padding may be on either side
-        last = (mask * torch.arange(mask.shape[1], device=device)).argmax(dim=1)
-        return self.out(hidden[torch.arange(len(last), device=device), last].float())
-
-    def prompt(self, instruction: str, pictures: int) -> str:
-        """The question, in the model's own chat format where it has one."""
-        question = f"The first, the previous and the current view of a robot. Is the task done: {instruction}?"
-        if self.processor.chat_template is None:
-            return " ".join([self.processor.image_token] * pictures + [question])
-        content = [{"type": "image"}] * pictures + [{"type": "text", "text": question}]
-        return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+            hidden = self.vlm.hidden(frames, questions)
+        return self.out(hidden)
 
 
 class Reflector(nn.Module):

@@ -35,7 +35,7 @@ from fidelity import (check_trust, frame_logits, frame_scores, horizon_errors, i
 from geometry import Cameras
 from intervals import proportion, summarize
 from libero_env import LiberoContext, LiberoTask, LiberoVectorEnv, load_suite, step_limit
-from openvla import OpenVLAPolicy, load_policy
+from openvla import load_policy, pretrained_policy
 from openvla_memory import check_training
 from playing import control_steps, grasp_retries, play, read_lines
 from policy import Policy, clone_loss
@@ -127,7 +127,7 @@ def clone(config, run, folder, device):
     normalizer = Normalizer.from_dict(read_json(run.path("demonstrate") / "normalizer.json"))
     torch.manual_seed(config.seed)
     if config.policy.backbone:
-        policy = OpenVLAPolicy.from_checkpoint(config.policy, config.task)
+        policy = pretrained_policy(config.policy, config.task, normalizer)
         check_training(policy, config.clone.batch_size, config.policy.lora_rank, device, "--clone.batch_size")
     else:
         policy = Policy(config.policy, normalizer)

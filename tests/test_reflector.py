@@ -4,11 +4,10 @@ import json
 import numpy as np
 import pytest
 import torch
-import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from reflector import Reflector, ReflectorConfig, StopRule, augment, calibrate, reflector_loss, reflector_metrics
 from runs import UserError
+from vlm_tiny import tiny_vlm
 
 MILK, SOUP = "pick up the milk and place it in the basket", "pick up the soup and place it in the basket"
 
@@ -188,56 +187,23 @@ def test_calibration_finds_the_slope_and_shift_that_the_labels_have():
     assert model.platt[0] < 30, "labels that are told apart perfectly must not make it blindly sure"
 
 
-WORDS = "<pad> <unk> <image> <row> <end> <one> the first previous current view is task done: pick up milk soup".split()
-
-
-def tiny_vlm(folder, kind):
-    """A random LLaVA, or the Idefics3 of which SmolVLM is one, saved to disk with its processor."""
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    words = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>",
-                                                 additional_special_tokens=["<image>"])
-    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    text = transformers.LlamaConfig(vocab_size=len(WORDS), num_key_value_heads=2, pad_token_id=0, **sizes).to_dict()
-    torch.manual_seed(0)
-    if kind == "llava":
-        pictures = transformers.CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-        processor = transformers.LlavaProcessor(pictures, words, patch_size=8, num_additional_image_tokens=1,
-                                                vision_feature_select_strategy="default")
-        vision = transformers.CLIPVisionConfig(image_size=16, patch_size=8, projection_dim=16, **sizes).to_dict()
-        model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(
-            vision_config=vision, text_config=text, image_token_index=2))
-    else:
-        pictures = transformers.Idefics3ImageProcessorPil(size={"longest_edge": 16}, do_image_splitting=False,
-                                                          max_image_size={"longest_edge": 16})
-        words.add_special_tokens({"additional_special_tokens": ["<fake_token_around_image>", "<global-img>"]})
-        processor = transformers.Idefics3Processor(pictures, words, image_seq_len=1, chat_template=(
-            "{% for part in messages[0].content %}{% if part.type == 'image' %}<image>{% else %} {{ part.text }}"
-            "{% endif %}{% endfor %} <end>"))
-        vision = dict(image_size=16, patch_size=8, **sizes)
-        model = transformers.Idefics3ForConditionalGeneration(transformers.Idefics3Config(
-            vision_config=vision, text_config=text | {"vocab_size": len(words)}, image_token_id=2, scale_factor=2))
-    model.save_pretrained(folder), processor.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.mark.parametrize("kind", ["llava", "idefics3"])
 def test_any_image_text_model_is_read_frozen_and_only_what_was_trained_is_saved(kind, tmp_path):
     model, batch = tiny(backbone=tiny_vlm(tmp_path / "vlm", kind)), clips(count=4, T=3)
     frames, texts, fingers = batch["frames"], batch["instruction"], batch["fingers"]
-    before = {name: value.clone() for name, value in model.encoder.frozen[0].state_dict().items()}
+    before = {name: value.clone() for name, value in model.encoder.vlm.model.state_dict().items()}
     loss, _ = reflector_loss(model, batch, torch.Generator().manual_seed(0))
     loss.backward()
     assert all(p.grad is not None for p in model.parameters())
-    assert all(p.grad is None for p in model.encoder.frozen[0].parameters())
-    assert all(torch.equal(value, before[name]) for name, value in model.encoder.frozen[0].state_dict().items())
+    assert all(p.grad is None for p in model.encoder.vlm.model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.encoder.vlm.model.state_dict().items())
     scores = model(frames, texts, fingers)
     assert (model(255 - frames, texts, fingers) - scores).abs().max() > 1e-6, "it does not look"
     longer = [text + " pick up the milk" if i else text for i, text in enumerate(texts)]  # padding beside a short text
     torch.testing.assert_close(model(frames, longer, fingers)[0], scores[0], atol=1e-4, rtol=1e-4)
     assert (model(frames, longer, fingers)[1:] - scores[1:]).abs().max() > 1e-6, "it does not read"
     model.save_pretrained(tmp_path / "reflector")
-    assert not any("frozen" in name or "vision" in name for name in model.state_dict())
+    assert not any("vlm" in name or "vision" in name for name in model.state_dict())
     assert torch.equal(Reflector.from_pretrained(tmp_path / "reflector")(frames, texts, fingers), scores)
 
 
