@@ -27,6 +27,7 @@ from policy import MLPResNet, Policy, PolicyConfig
 from ppo import LoRA, add_lora
 from runs import UserError, find_model, load_weights, read_json, save_model
 
+
 class VLMPolicy(nn.Module):
     """obs -> ActionDistribution over normalised actions (B, L, A); obs as `Policy` takes them."""
     MODEL_TYPE = "world_env_vlm"
