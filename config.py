@@ -58,6 +58,7 @@ class TrainConfig:
     demos: str = ""  # folder with official LIBERO HDF5 demonstrations; empty: a scripted expert makes them
     num_demos: int = 5  # demonstrations a task
     refresh: str = ""  # finished run folder to go on from: its last policy explores, its data and weights are kept
+    init_world: str = ""  # folder or hub id of a world simulator of this size, whose weights training starts from
     rl_env: Literal["virtual", "libero", "none"] = "virtual"  # where RL happens; none: clone successes instead
     trust_world: bool = False  # start RL even where the held-out episodes say that the imagination is no good
     device: str = "auto"  # "auto" takes the GPU where there is one; or "cpu", "cuda"
@@ -96,7 +97,7 @@ def tiny() -> TrainConfig:
 def stage_settings(config, name) -> dict:
     """The part of the configuration that a finished stage depends on directly."""
     sections = {"demonstrate": ("demos", "num_demos"), "clone": ("policy", "clone"), "explore": ("explore",),
-                "simulate": ("world_model", "simulate", "drift", "grasp"), "reflect": ("reflector", "reflect"),
+                "simulate": ("world_model", "init_world", "simulate", "drift", "grasp"), "reflect": ("reflector", "reflect"),
                 "imagine": ("virtual", "start", "ppo", "check", "rl_env"), "evaluate": ("evaluate",)}
     values = asdict(config)
     chosen = {key: values[key] for key in ("task", "task_ids", "seed", "refresh", *sections[name])}

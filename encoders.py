@@ -1,4 +1,5 @@
-"""Pretrained models that look at pictures: encoders for the world simulator, image-text models for reflector and policy.
+"""Pretrained models that look at pictures: encoders and a VAE for the world simulator, image-text models for reflector and
+policy.
 
 What the world simulator attends to (World-Env section 3.2, geometry-aware feature injection):
 
@@ -6,6 +7,7 @@ The paper lets frozen VGGT features (geometry) and frozen CLIP features (semanti
 several resolutions. Here any list of encoders does: `--world_model.encoders A B`, where each is the folder or hub name
 of a Hugging Face vision model (DINOv2, CLIP, SigLIP, and whatever else AutoModel knows), or `ours`, a small network
 that is trained along with the simulator and needs no download. The reference frame is the last one of the memory.
+`--world_model.vae` lets it diffuse the latents of an image VAE, as the paper's does, instead of pixels.
 
     last frame, V views ─► encoder A ─► tokens ─► Linear ─► + view ─┐
                       └──► encoder B ─► tokens ─► Linear ─► + view ─┴─► (B, N, D) ─► cross-attention in the U-Net
@@ -16,8 +18,11 @@ Try it: python -m pytest tests/test_encoders.py
 """
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
@@ -68,6 +73,36 @@ class PretrainedEncoder(nn.Module):
         images = F.interpolate((images + 1) / 2, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
         model = self.frozen[0].to(images.device)
         return model(pixel_values=(images - self.mean) / self.std).last_hidden_state
+
+
+class Latents:
+    """A frozen image VAE of diffusers: pictures to latents, coarser by `factor` and of variance about 1, and back.
+
+    Not a module: checkpoints of the simulator hold its name, not its weights.
+    """
+
+    def __init__(self, name: str):
+        folder = Path(name) / "vae"  # where a whole pipeline has it
+        try:
+            self.vae = AutoencoderKL.from_pretrained(folder if folder.is_dir() else name).eval().requires_grad_(False)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise UserError(f"--world_model.vae {name} is no AutoencoderKL of diffusers: {reason}") from None
+        config = self.vae.config
+        self.channels, self.factor = config.latent_channels, 2 ** (len(config.block_out_channels) - 1)
+        self.scale, self.shift = config.scaling_factor, config.shift_factor or 0.0
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """n pictures a sample (B, n*3, H, W) in [-1, 1] -> (B, n*channels, H/factor, W/factor)."""
+        latents = self.vae.to(images.device).encode(images.unflatten(1, (-1, 3)).flatten(0, 1)).latent_dist.mode()
+        return ((latents - self.shift) * self.scale).unflatten(0, (len(images), -1)).flatten(1, 2)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """The way back."""
+        each = latents.unflatten(1, (-1, self.channels)).flatten(0, 1) / self.scale + self.shift
+        return self.vae.decode(each).sample.unflatten(0, (len(latents), -1)).flatten(1, 2)
 
 
 class ImageTextModel:

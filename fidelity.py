@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import report
 from distributed import barrier, rank
-from episodes import ChunkData, Episode, finger_history, load_episodes
+from episodes import ChunkData, Episode, finger_history, load_episodes, to_float
 from geometry import camera_pose, project, turn_between
 from intervals import wilson_interval
 from reflector import Reflector, StopRule, reflector_metrics
@@ -236,7 +236,7 @@ class GripperProbe(nn.Module):
         self.layers = nn.ModuleList(nn.Conv2d(i, o, k, s, padding=k // 2) for i, o, k, s in sizes)
 
     def forward(self, images):
-        x = images.float() / 127.5 - 1
+        x = to_float(images)
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         heat = self.layers[-1](x).flatten(1).softmax(1)  # (N, H/2 * W/2)
@@ -365,7 +365,7 @@ def measure(world, reflector, policy, test, library, rule, folder) -> dict:
 
     @torch.no_grad()
     def features(frames):
-        return policy.stem(frames.flatten(0, 1).float() / 127.5 - 1).flatten(1).unflatten(0, frames.shape[:2])
+        return policy.stem(to_float(frames.flatten(0, 1))).flatten(1).unflatten(0, frames.shape[:2])
     result["horizon"] = horizon_errors(world, test, HORIZONS, every=4, features=features, library=library)
 
     errors = [np.square(a.chunks(chunk_size).images.astype(np.float32) - b.images).mean() for a, b in zip(test, imagined)]

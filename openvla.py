@@ -45,7 +45,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from episodes import Normalizer
 from policy import MLPResNet, Policy, PolicyConfig
-from ppo import LoRA, add_lora
+from ppo import add_lora, lora_rank
 from runs import UserError, find_model, load_weights, read_json, save_model
 from vlm_policy import VLMPolicy
 
@@ -183,8 +183,7 @@ class OpenVLAPolicy(nn.Module):
 
     def save_pretrained(self, folder):
         """What was trained (`runs.learned`) and where the rest is."""
-        rank = max((layer.a.shape[0] for layer in self.backbone.modules() if isinstance(layer, LoRA)), default=0)
-        config = asdict(replace(self.config, lora_rank=rank))
+        config = asdict(replace(self.config, lora_rank=lora_rank(self)))
         save_model(folder, self, {"model_type": MODEL_TYPE, "config": config}, whole=False)
 
     @classmethod

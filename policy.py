@@ -35,7 +35,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
-from episodes import Normalizer
+from episodes import Normalizer, to_float
 from runs import UserError, find_model, load_weights, read_json, save_model
 
 MODEL_TYPE = "world_env_policy"
@@ -153,10 +153,6 @@ def tokenize(instructions, vocab_size, device="cpu"):
             ids[row, column] = 1 + zlib.crc32(word.encode()) % (vocab_size - 1)
     ids = ids.to(device)
     return ids, ids > 0
-
-
-def to_float(images):
-    return images.float() / 127.5 - 1  # uint8 -> [-1, 1]
 
 
 def augment(images, config, generator):

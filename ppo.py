@@ -238,6 +238,11 @@ def add_lora(policy, rank):
         parameter.requires_grad_(name.startswith(("action_head.", "scale_head.")) or name.endswith((".a", ".b")))
 
 
+def lora_rank(policy):
+    """The rank of the changes that `add_lora` made; 0 where there are none."""
+    return next((layer.a.shape[0] for layer in policy.backbone.modules() if isinstance(layer, LoRA)), 0)
+
+
 @torch.no_grad()
 def merge_lora(policy):
     """The same policy as plain matrices again, all of them trainable."""

@@ -51,6 +51,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from encoders import ImageTextModel
+from episodes import to_float
 from geometry import MAX_OPENING
 from runs import UserError, find_model, load_weights, read_json, save_model
 
@@ -135,7 +136,7 @@ class FrameEncoder(nn.Module):
         count = (words > 0).sum(dim=1, keepdim=True).clamp(min=1)
         text = self.words(words).sum(dim=1) / count  # (N, D)
         x = torch.stack([first, previous, current], dim=1).flatten(1, 3)  # (N, 3*V*3, H, W)
-        x = self.stem(x.float() / 127.5 - 1)  # (N, C, H/4, W/4)
+        x = self.stem(to_float(x))  # (N, C, H/4, W/4)
         x = self.down(self.block1(x, text))  # (N, 2C, H/8, W/8)
         x = self.squeeze(F.relu(self.block2(x, text))).flatten(1)  # (N, 16*H/8*W/8)
         return self.out(torch.cat([F.relu(x), text], dim=1))  # (N, D)

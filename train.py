@@ -41,8 +41,8 @@ from playing import control_steps, grasp_retries, play, read_lines
 from policy import Policy, clone_loss
 from ppo import add_lora, improve, make_optimizer, merge_lora
 from reflector import Reflector, calibrate, reflector_loss
-from runs import (Run, UserError, clear_errors, fit, in_processes, load_resume, load_weights, read_json, save_resume,
-                  step_generator, write_json)
+from runs import (Run, UserError, clear_errors, find_model, fit, in_processes, load_resume, load_weights, read_json,
+                  save_resume, step_generator, write_json)
 from world_model import VirtualEnv, WorldModel, grasp_loss, world_model_loss
 
 CHECK_SEED = 20_000_000  # placements of `check`
@@ -61,6 +61,8 @@ def train(config: TrainConfig):
         raise UserError(f"{config.task} has no task {wrong[0]}: --task_ids takes numbers from 0 to {suite.n_tasks - 1}")
     if config.policy.backbone and config.rl_env != "none" and not (config.ppo.lora_rank or config.policy.lora_rank):
         raise UserError("billions of parameters are post-trained by LoRA: add --ppo.lora_rank 32 to --policy.backbone")
+    if config.init_world:
+        find_model(config.init_world, "--init_world ")
     run = Run(config.output_dir or Path("runs") / config.task)
     write_json(run.folder / "config.json", asdict(config))
     device = pick_device(config.device)
@@ -215,8 +217,8 @@ def simulate(config, run, folder, device):
     data = ChunkData(recorded, L, device)
     torch.manual_seed(config.seed)
     world = compiled(WorldModel(config.world_model, cameras, normalizer).to(device), config)
-    if config.refresh:
-        load_weights(Path(config.refresh) / "simulate", world)
+    if config.refresh or config.init_world:
+        load_weights(find_model(config.init_world or Path(config.refresh) / "simulate", "--init_world "), world)
     fit("simulate", world, lambda step, generator: data.world_batch(config.simulate.batch_size, generator),
         world_model_loss, config.simulate, folder, config.seed, device,
         lambda step, metrics: run.log("simulate", step, metrics))

@@ -22,9 +22,9 @@ import torch
 from torch import nn
 
 from encoders import ImageTextModel
-from episodes import Normalizer
+from episodes import Normalizer, to_uint8
 from policy import MLPResNet, Policy, PolicyConfig
-from ppo import LoRA, add_lora
+from ppo import add_lora, lora_rank
 from runs import UserError, find_model, load_weights, read_json, save_model
 
 
@@ -53,21 +53,20 @@ class VLMPolicy(nn.Module):
 
     def features(self, images, state, instruction):
         """Images float in [-1, 1], state as it comes -> what both heads are shown (B, D)."""
-        pictures = ((images + 1) * 127.5).round().to(torch.uint8)  # exact for what was uint8
         with torch.autocast(self.device.type, enabled=False):
-            hidden = self.reader.hidden(pictures, [f"What should the robot do to {text}?" for text in instruction])
+            hidden = self.reader.hidden(to_uint8(images), [f"What should the robot do to {text}?" for text in instruction])
         return torch.cat([hidden, self.normalizer.normalize_state(state.to(self.device))], dim=1)
 
     @torch.no_grad()
     def stem(self, images):
         """Pictures (B, 3, H, W) in [-1, 1] -> (B, 1, D): what the model makes of each alone (a distance for `fidelity`)."""
-        return self.reader.hidden(((images + 1) * 127.5).round().to(torch.uint8)[:, None], [""] * len(images))[:, None]
+        return self.reader.hidden(to_uint8(images)[:, None], [""] * len(images))[:, None]
 
     def save_pretrained(self, folder):
         """What was trained (`runs.learned`) and where the rest is."""
-        rank = max((layer.a.shape[0] for layer in self.backbone.modules() if isinstance(layer, LoRA)), default=0)
-        save_model(folder, self, {"model_type": self.MODEL_TYPE, "config": asdict(replace(self.config, lora_rank=rank)),
-                                  "normalizer": self.normalizer.to_dict()}, whole=False)
+        config = asdict(replace(self.config, lora_rank=lora_rank(self)))
+        save_model(folder, self, {"model_type": self.MODEL_TYPE, "config": config, "normalizer": self.normalizer.to_dict()},
+                   whole=False)
 
     @classmethod
     def from_pretrained(cls, folder) -> VLMPolicy:

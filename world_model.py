@@ -14,15 +14,15 @@ will hold; the pictures come from a diffusion model that is given the geometry a
                                   noise level, action chunk, old and new state
 
 Departures from the paper:
-1. Diffusion of pixels, of a residual, in 1 to 3 Euler steps; the paper's latents take 27 DDIM steps.
+1. Diffusion of pixels (or of a VAE's latents, by flag), of a residual, in 1 Euler step; the paper's takes 27 DDIM steps.
 2. It imagines both views at once, and knows the camera poses: by default no VGGT, no CLIP, no ray maps; each is a flag.
 3. Memory (frames at 0, 1/3, 2/3 of the history and the last) is noised in training, save the first one.
 4. The action maps show the true next pose in training and the predicted one in imagination.
 5. The last part of its training shows it its own pictures of recorded episodes as memory, and the true next one as
    target (`train.simulate`): else they dissolve within five chunks, and no policy finds its way in them.
 
-Shape letters: B trajectories (b alive), F memory frames, V camera views (0 agent view, 1 wrist), L length of
-an action chunk, C, H, W image, D width of the embedding.
+Shape letters: B trajectories (b alive), F memory frames, V camera views (0 agent view, 1 wrist), L length of an action
+chunk, C, H, W image, c, h, w what is diffused of one (by default the same), D width of the embedding.
 
 Try it: python -m pytest tests/test_world_model.py
 """
@@ -38,8 +38,8 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
-from encoders import Injection
-from episodes import MEMORY, Normalizer, StartContext, finger_history, memory_index
+from encoders import Injection, Latents
+from episodes import MEMORY, Normalizer, StartContext, finger_history, memory_index, to_float, to_uint8
 from geometry import Cameras, action_map, ray_map, turn_between, warp_wrist
 from kinematics import (STATE_FEATURES, GraspPredictor, PosePredictor, draw_opening, moved, opening_bin, state_features,
                         surroundings, with_opening)
@@ -59,6 +59,7 @@ class WorldModelConfig:
     layers: int = 1  # residual blocks a level
     attention: bool = True  # self-attention at the coarsest level
     encoders: tuple[str, ...] = ()  # picture encoders to attend to: `ours`, or vision models of Hugging Face
+    vae: str = ""  # AutoencoderKL of diffusers, a folder or a hub id: diffuse its latents; empty: pixels
     ray_maps: bool = False  # show the U-Net the ray of every pixel of both cameras (the paper does)
     hand_height: float = 0.22  # lowest part of the wrist picture, which shows the hand: not warped
     residual_std: tuple[float, float] = (0.15, 0.25)  # of next frame - base, in each view, in [-1, 1]
@@ -106,16 +107,6 @@ def normal(shape, generator: torch.Generator, device: torch.device) -> Tensor:
     return torch.randn(shape, generator=generator, device=generator.device).to(device)
 
 
-def to_float(images: Tensor) -> Tensor:
-    """uint8 -> [-1, 1]."""
-    return images.float() / 127.5 - 1
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] -> uint8."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
-
 # ----------------------------------------------------------------------------------------------------------
 # The world model
 # ----------------------------------------------------------------------------------------------------------
@@ -127,7 +118,13 @@ class WorldModel(nn.Module):
         self.config, self.cameras, self.normalizer = config, cameras, normalizer
         D, blocks = 4 * config.channels[0], ["DownBlock2D"] * len(config.channels)
         blocks[-1] = "AttnDownBlock2D" if config.attention else "DownBlock2D"
-        both_views, context = 3 + 3, (3 + 4) * MEMORY + 3 + 3 + 4 * 3 + 12 * config.ray_maps  # channels: see `condition`
+        self.latents = Latents(config.vae) if config.vae else None
+        c, factor = (self.latents.channels, self.latents.factor) if config.vae else (3, 1)  # channels of what is diffused
+        if config.image_size % (factor * config.patch * 2 ** (len(config.channels) - 1)):
+            raise UserError(f"--world_model.image_size {config.image_size} cannot be halved as often as patch, levels and "
+                            "VAE ask for: choose a multiple of a larger power of 2")
+        self.diffused = (2 * c, config.image_size // factor, config.image_size // factor)
+        both_views, context = 2 * c, (2 * c + 1) * MEMORY + 2 * c + 4 * 3 + 12 * config.ray_maps  # see `condition`
         shape = dict(in_channels=(both_views + context) * config.patch**2, out_channels=both_views * config.patch**2,
                      block_out_channels=config.channels, layers_per_block=config.layers, norm_num_groups=8,
                      class_embed_type="identity")
@@ -144,8 +141,8 @@ class WorldModel(nn.Module):
         self.pose_predictor = PosePredictor(config.chunk_size, config.state_width)
         self.grasp_predictor = GraspPredictor(config.chunk_size, config.image_size, config.grasp_channels,
                                               config.grasp_dropout)
-        std = torch.tensor(config.residual_std).repeat_interleave(3).view(1, 6, 1, 1)
-        self.register_buffer("residual_std", std, persistent=False)  # (1, V*3, 1, 1)
+        std = torch.tensor(config.residual_std).repeat_interleave(c).view(1, 2 * c, 1, 1)
+        self.register_buffer("residual_std", std, persistent=False)  # (1, V*c, 1, 1)
 
     def predict_pose(self, state: Tensor, previous_actions: Tensor, actions: Tensor) -> Tensor:
         """The state (B, 8) after a chunk, save for the fingers."""
@@ -169,8 +166,8 @@ class WorldModel(nn.Module):
         return with_opening(self.predict_pose(state, previous_actions, actions), draw_opening(logits, uniform))
 
     def condition(self, memory: Tensor, memory_states: Tensor, next_state: Tensor) -> tuple[Tensor, Tensor]:
-        """Memory (B, F, V, 3, H, W) in [-1, 1], its states (B, F, 8) -> base (B, V*3, H, W) and the context
-        (B, C, H, W), all pictures that the U-Net sees beside the noisy residual."""
+        """Memory (B, F, V, 3, H, W) in [-1, 1], its states (B, F, 8) -> base (B, *diffused) and the context
+        (B, C, h, w), all pictures that the U-Net sees beside the noisy residual."""
         B, n, V, C, H, W = memory.shape
         outside = memory.new_ones(B * n, 1, H, W)  # outside the hand's own part of the wrist picture
         outside[:, :, round(H * (1 - self.config.hand_height)):] = 0
@@ -180,15 +177,20 @@ class WorldModel(nn.Module):
         seen = (seen * outside * (warped[:, 3:] > 0.99)).view(B, n, 1, H, W)
         warped = warped[:, :3].view(B, n, C, H, W) * seen
         agent, wrist = memory[:, -1, 0], memory[:, -1, 1]  # (B, 3, H, W)
-        base = torch.cat([agent, warped[:, -1] + (1 - seen[:, -1]) * wrist], dim=1)  # (B, V*3, H, W)
-        poses = memory_states[:, -1], next_state
-        maps = [action_map(self.cameras.agentview, state, H) for state in poses]
-        maps += [action_map(self.cameras.wrist, state, H, hand=next_state) for state in poses]
-        by_frame = [memory[:, :, 0].flatten(1, 2), warped.flatten(1, 2), seen.flatten(1, 2)]
+        base = self.encode(torch.cat([agent, warped[:, -1] + (1 - seen[:, -1]) * wrist], dim=1))  # (B, V*c, h, w)
+        poses, size = (memory_states[:, -1], next_state), base.shape[-1]
+        maps = [action_map(self.cameras.agentview, state, size) for state in poses]
+        maps += [action_map(self.cameras.wrist, state, size, hand=next_state) for state in poses]
         if self.config.ray_maps:
-            maps += [ray_map(self.cameras.agentview, next_state, H),
-                     ray_map(self.cameras.wrist, next_state, H, on_hand=True)]
-        return base, torch.cat([*by_frame, wrist, base[:, 3:], *maps], dim=1)
+            maps += [ray_map(self.cameras.agentview, next_state, size),
+                     ray_map(self.cameras.wrist, next_state, size, on_hand=True)]
+        by_frame = [self.encode(memory[:, :, 0].flatten(1, 2)), self.encode(warped.flatten(1, 2)),
+                    F.adaptive_avg_pool2d(seen.flatten(1, 2), size)]
+        return base, torch.cat([*by_frame, self.encode(wrist), base.chunk(2, dim=1)[1], *maps], dim=1)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Pictures (B, n*3, H, W) in [-1, 1] -> what is diffused: their latents (B, n*c, h, w), or themselves."""
+        return self.latents.encode(images) if self.latents else images
 
     def embedding(self, state: Tensor, next_state: Tensor, actions: Tensor) -> Tensor:
         """(B, D), added to the time embedding."""
@@ -196,7 +198,7 @@ class WorldModel(nn.Module):
         return self.embed(torch.cat([actions.flatten(1), new, 4 * (new - old)], dim=1))
 
     def denoise(self, x: Tensor, sigma: Tensor, context: Tensor, embedding: Tensor, tokens: Tensor | None) -> Tensor:
-        """Noisy residual (B, V*3, H, W) with noise levels (B,) -> clean residual. tokens: see `tokens`."""
+        """Noisy residual (B, *diffused) with noise levels (B,) -> clean residual. tokens: see `tokens`."""
         c_in, c_skip, c_out, c_noise = preconditioning(sigma.view(-1, 1, 1, 1))
         grid = F.pixel_unshuffle(torch.cat([c_in * x, context], dim=1), self.config.patch)
         with autocast(x.device):
@@ -215,16 +217,17 @@ class WorldModel(nn.Module):
         """The next pictures, uint8 (B, V, 3, H, W).
 
         memory uint8 (B, F, V, 3, H, W) and memory_states (B, F, 8), the last of F is now; next_state (B, 8);
-        actions (B, L, 7); noise (B, V*3, H, W) of variance 1, all the randomness there is.
+        actions (B, L, 7); noise (B, *diffused) of variance 1, all the randomness there is.
         """
         memory = to_float(memory)
         (base, context), tokens = self.condition(memory, memory_states, next_state), self.tokens(memory)
         embedding = self.embedding(memory_states[:, -1], next_state, actions)
         sigmas = noise_levels(self.config, self.config.sampling_steps).to(base.device)
         residual = euler(lambda x, sigma: self.denoise(x, sigma.expand(len(x)), context, embedding, tokens),
-                         noise, sigmas)  # (B, V*3, H, W)
-        change = F.softshrink(residual * self.residual_std, self.config.still / 127.5)
-        return to_uint8(base + change).unflatten(1, (2, 3))
+                         noise, sigmas) * self.residual_std  # (B, V*c, h, w)
+        if self.latents:
+            return to_uint8(self.latents.decode(base + residual)).unflatten(1, (2, 3))
+        return to_uint8(base + F.softshrink(residual, self.config.still / 127.5)).unflatten(1, (2, 3))
 
     def save_pretrained(self, folder: str | Path):
         save_model(folder, self, {"world_model": asdict(self.config), "cameras": self.cameras.to_dict(),
@@ -267,7 +270,7 @@ def world_model_loss(model: WorldModel, batch: dict, generator: torch.Generator,
     """
     memory = to_float(batch["memory"])  # the first frame stays clean: it anchors the scene
     memory = torch.cat([memory[:, :1], noised(memory[:, 1:], model.config.memory_noise, generator)], dim=1)[rows]
-    target = to_float(batch["target"]).flatten(1, 2)  # (B, V*3, H, W)
+    target = model.encode(to_float(batch["target"]).flatten(1, 2))  # (B, V*c, h, w)
     sigma = draw_sigmas(model.config, len(target), generator, target.device)[rows]
     noise = normal(target.shape, generator, target.device)[rows]
     memory_states, next_state, actions = (batch[name][rows] for name in ("memory_states", "next_state", "actions"))
@@ -276,7 +279,7 @@ def world_model_loss(model: WorldModel, batch: dict, generator: torch.Generator,
     clean = (target[rows] - base) / model.residual_std
     noisy = clean + sigma.view(-1, 1, 1, 1) * noise
     denoised = model.denoise(noisy, sigma, context, model.embedding(state, next_state, actions), model.tokens(memory))
-    error = (denoised - clean).square()  # (B, V*3, H, W)
+    error = (denoised - clean).square()  # (B, V*c, h, w)
     weight = (sigma**2 + SIGMA_DATA**2) / (sigma * SIGMA_DATA) ** 2  # 1 / c_out^2: all levels count alike
     denoising = weight * error.mean(dim=(1, 2, 3))  # (B,)
 
@@ -288,9 +291,9 @@ def world_model_loss(model: WorldModel, batch: dict, generator: torch.Generator,
 
     with torch.no_grad():
         levels = zip(("low", "middle", "high"), denoising[sigma.argsort()].tensor_split(3))
-        pixel_mse = (error * model.residual_std**2).mean(dim=(0, 2, 3)) / 4  # (V*3,), pictures in [0, 1]
+        agentview, wrist = ((error * model.residual_std**2).mean(dim=(0, 2, 3)) / 4).chunk(2)  # pictures in [0, 1]
         metrics = {"loss": loss, "pose_loss": pose_loss, "state_mm": wrong[:, :3].norm(dim=1).mean() * 1000,
-                   "pixel_mse_agentview": pixel_mse[:3].mean(), "pixel_mse_wrist": pixel_mse[3:].mean()}
+                   "pixel_mse_agentview": agentview.mean(), "pixel_mse_wrist": wrist.mean()}
         metrics |= {f"loss_{name}_noise": part.mean() for name, part in levels if len(part)}
     return loss, {name: value.item() for name, value in metrics.items()}
 
@@ -382,8 +385,8 @@ class VirtualEnv(gym.vector.VectorEnv):
         next_state (B, 8): where the robot truly went; without it, it is predicted.
         """
         score = torch.full((self.num_envs,), torch.nan, device=self.device)
-        size, groups = self.model.config.image_size, -(-self.total // self.group_size)
-        noise = normal((groups, 6, size, size), self.generator, self.device)  # for all slots, alive or not, here or not
+        groups = -(-self.total // self.group_size)  # of all slots, alive or not, here or not
+        noise = normal((groups, *self.model.diffused), self.generator, self.device)
         uniform = torch.rand(groups, generator=self.generator).to(self.device)
         uniform = 0.5 + (uniform - 0.5) * self.config.grasp_noise
         slots = self.alive.nonzero().flatten()  # (b,)

@@ -15,26 +15,18 @@ from safetensors.torch import load_file, save_file
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import distributed
-from episodes import ChunkData, CloneData, Episode, Normalizer
+from episodes import ChunkData, CloneData, Episode
 from evaluate import imagined_success
-from geometry import Camera, Cameras
-from policy import Policy, PolicyConfig, clone_loss
+from policy import Policy, clone_loss
 from ppo import PPOConfig, improve
-from reflector import Reflector, ReflectorConfig, StopRule, reflector_loss
+from reflector import Reflector, StopRule, reflector_loss
 from runs import FitConfig, fit, step_generator
 from test_playing import CONTEXTS, Env, played
-from world_model import VirtualEnv, VirtualEnvConfig, WorldModel, WorldModelConfig, grasp_loss, world_model_loss
+from tiny_models import CAMERAS, L, NORMALIZER, POLICY, REFLECTOR, SIZE, WORLD
+from world_model import VirtualEnv, VirtualEnvConfig, WorldModel, grasp_loss, world_model_loss
 
 torch.set_num_threads(1)
-CPU, L, SIZE = torch.device("cpu"), 4, 16
-CAMERAS = Cameras(Camera(45.0, [0.9, 0.0, 0.65], [[0.0, -0.6, 0.8], [1.0, 0.0, 0.0], [0.0, 0.8, 0.6]]),
-                  Camera(75.0, [0.05, 0.0, -0.097], [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]]), plane_z=0.0)
-NORMALIZER = Normalizer([-1.0] * 7, [1.0] * 7, [-0.3, -0.3, 0.0, -3.5, -3.5, -3.5, 0.0, -0.04],
-                        [0.3, 0.3, 0.5, 3.5, 3.5, 3.5, 0.04, 0.0])
-POLICY = replace(PolicyConfig.tiny(), image_size=SIZE, chunk_size=L)
-WORLD = WorldModelConfig(image_size=SIZE, channels=(16, 32), chunk_size=L, state_width=32, grasp_channels=8,
-                         attention=False, grasp_dropout=0.0)  # dropout is the one thing that processes draw apart
-REFLECTOR = ReflectorConfig(image_size=SIZE, channels=8, width=16, dropout=0.0)
+CPU = torch.device("cpu")
 STEPS = FitConfig(steps=4, batch_size=7, lr=0.1, warmup=1, save_every=4)  # 7: no two parts are alike
 
 

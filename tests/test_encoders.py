@@ -2,11 +2,12 @@
 import pytest
 import torch
 import transformers
+from diffusers import AutoencoderKL
 
-from encoders import GridEncoder, Injection, PretrainedEncoder
+from encoders import GridEncoder, Injection, Latents, PretrainedEncoder
 from runs import UserError
-from test_world_model import CAMERAS, NORMALIZER, TINY, VirtualEnv, VirtualEnvConfig, make_actions, make_contexts, play
-from world_model import WorldModel
+from test_world_model import CAMERAS, NORMALIZER, TINY, VirtualEnv, VirtualEnvConfig, make_actions, make_contexts, play, toy_batch
+from world_model import WorldModel, world_model_loss
 
 SIZES = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
 
@@ -82,3 +83,57 @@ def test_the_simulator_attends_to_them_and_is_saved_without_the_frozen_ones(kind
     with torch.no_grad():
         model.injection.view += 3 * torch.randn_like(model.injection.view)
     assert not torch.equal(one, play(VirtualEnv(model, None, VirtualEnvConfig(), 2), contexts, actions))
+
+
+def tiny_vae(folder):
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8, 8), down_block_types=["DownEncoderBlock2D"] * 2, latent_channels=4,
+                        up_block_types=["UpDecoderBlock2D"] * 2, norm_num_groups=4, scaling_factor=0.5, shift_factor=0.1)
+    vae.save_pretrained(folder)
+    return vae.eval()
+
+
+def test_latents_are_those_of_the_vae_whether_it_lies_alone_or_in_a_pipeline(tmp_path):
+    vae = tiny_vae(tmp_path / "vae")
+    images = torch.rand(2, 6, 16, 16) * 2 - 1  # two pictures a sample
+    for name in (tmp_path, tmp_path / "vae"):
+        latents = Latents(str(name))
+        z = latents.encode(images)
+        assert z.shape == (2, 2 * latents.channels, 16 // latents.factor, 16 // latents.factor)
+        with torch.no_grad():
+            mean = vae.encode(images[:, 3:]).latent_dist.mean
+            torch.testing.assert_close(z[:, 4:], (mean - 0.1) * 0.5)
+            torch.testing.assert_close(latents.decode(z)[:, 3:], vae.decode(mean).sample)
+
+
+def test_the_simulator_diffuses_latents_and_leaves_the_vae_as_it_is(tmp_path):
+    tiny_vae(tmp_path / "vae")
+    config = TINY.__class__(**{**vars(TINY), "vae": str(tmp_path / "vae"), "patch": 1, "ray_maps": True})
+    torch.manual_seed(0)
+    model = WorldModel(config, CAMERAS, NORMALIZER)
+    frozen = {name: value.clone() for name, value in model.latents.vae.state_dict().items()}
+    optimizer, losses = torch.optim.Adam(model.parameters(), 3e-3), []
+    for _ in range(30):
+        loss, metrics = world_model_loss(model, toy_batch(4), torch.Generator().manual_seed(0))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0] and not any("vae" in name for name in model.state_dict())
+    assert all(torch.equal(value, frozen[name]) for name, value in model.latents.vae.state_dict().items())
+    model.eval().save_pretrained(tmp_path / "world")
+    contexts, actions = make_contexts(2), make_actions(2, 2)
+    one, two = (play(VirtualEnv(m, None, VirtualEnvConfig(), 2), contexts, actions)
+                for m in (model, WorldModel.from_pretrained(tmp_path / "world").eval()))
+    assert torch.equal(one, two) and one.dtype == torch.uint8
+    blank = model.latents.decode(torch.zeros(1, *model.diffused))
+    model.latents.vae.decoder.conv_out.bias.data += 0.5  # what is seen comes out of the decoder
+    assert (model.latents.decode(torch.zeros(1, *model.diffused)) - blank).mean() == pytest.approx(0.5, abs=1e-4)
+    assert not torch.equal(one, play(VirtualEnv(model, None, VirtualEnvConfig(), 2), contexts, actions))
+
+
+def test_what_is_no_vae_and_pictures_that_do_not_fit_are_clear_lines(tmp_path):
+    with pytest.raises(UserError, match="world_model.vae"):
+        Latents(str(tmp_path))
+    with pytest.raises(UserError, match="--world_model.image_size 18 "):
+        WorldModel(TINY.__class__(**{**vars(TINY), "image_size": 18}), CAMERAS, NORMALIZER)

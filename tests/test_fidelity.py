@@ -25,6 +25,7 @@ class Mover(torch.nn.Module):
     def __init__(self, noise=0.0):
         super().__init__()
         self.config, self.cameras, self.noise = WorldModelConfig(image_size=SIZE, chunk_size=L), CAMERAS, noise
+        self.diffused = (6, SIZE, SIZE)
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
     def predict_state(self, images, state, previous_actions, actions, uniform):

@@ -13,7 +13,7 @@ from policy import Policy
 from reflector import Reflector
 from runs import (FitConfig, Run, UserError, fit, load_resume, load_weights, read_json, save_model, save_resume,
                   step_generator, write_json)
-from test_distributed import CAMERAS, NORMALIZER, POLICY, REFLECTOR, WORLD
+from tiny_models import CAMERAS, NORMALIZER, POLICY, REFLECTOR, WORLD
 from world_model import WorldModel
 
 CPU = torch.device("cpu")

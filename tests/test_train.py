@@ -162,6 +162,16 @@ def test_a_refresh_explores_with_the_last_policy_and_keeps_data_and_weights(fini
     refused(run("train.py", *TINY, "--refresh", tmp_path / "none", "--output_dir", tmp_path / "r"), "finished run folder")
 
 
+def test_a_world_simulator_may_start_from_any_of_ours(finished, tmp_path):
+    folder = copy_of(finished, tmp_path, ["simulate", "reflect", "imagine", "evaluate"])
+    command = ["train.py", *TINY, "--stages", "simulate", "--simulate.steps", 0, "--drift.steps", 0, "--grasp.steps", 0,
+               "--output_dir", folder, "--init_world"]
+    refused(run(*command, tmp_path / "none"), f"--init_world {tmp_path / 'none'} is neither a folder")
+    assert run(*command, finished[0] / "simulate").returncode == 0
+    a, b = (load_file(path / "simulate" / "model.safetensors") for path in (finished[0], folder))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
 def explored_episode(**fields):
     """Nine frames, a chunk of 8 steps apart: the fingers are closed from frame 5 on, the task is done from frame 7 on."""
     states = np.zeros((9, 8), np.float32)

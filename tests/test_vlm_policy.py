@@ -8,7 +8,7 @@ from openvla_tiny import write_checkpoint
 from policy import PolicyConfig, clone_loss
 from ppo import LoRA, add_lora
 from runs import UserError
-from test_distributed import NORMALIZER
+from tiny_models import NORMALIZER
 from vlm_policy import VLMPolicy
 from vlm_tiny import tiny_vlm
 
