@@ -13,7 +13,7 @@ from evaluate import EvaluateConfig
 from policy import PolicyConfig
 from ppo import PPOConfig
 from reflector import ReflectorConfig
-from runs import FitConfig
+from runs import FitConfig, UserError
 from world_model import VirtualEnvConfig, WorldModelConfig
 
 Stage = Literal["demonstrate", "clone", "explore", "simulate", "reflect", "imagine", "evaluate"]
@@ -50,7 +50,7 @@ class CheckConfig:
 class TrainConfig:
     """World-Env: demonstrate, clone, explore, simulate, reflect, imagine, evaluate."""
     task: str = "libero_object"  # LIBERO suite
-    preset: Literal["tiny", "small"] = "small"  # sizes of everything; any flag given beside it wins
+    preset: Literal["tiny", "small", "large"] = "small"  # sizes of everything; any flag given beside it wins
     task_ids: tuple[int, ...] = ()  # tasks of the suite; empty: all of them
     seed: int = 0  # of placements, networks, batches and noise
     output_dir: str = ""  # run folder; empty: runs/<task>
@@ -94,6 +94,16 @@ def tiny() -> TrainConfig:
         evaluate=EvaluateConfig(episodes=1))
 
 
+def large() -> TrainConfig:
+    """Pictures of 256 pixels, for a GPU; `--world_model.vae PATH --world_model.patch 1` diffuses a VAE's latents of them."""
+    return TrainConfig(
+        preset="large", policy=PolicyConfig(image_size=256),
+        world_model=WorldModelConfig(image_size=256, patch=4, channels=(128, 256, 384), layers=2),
+        simulate=FitConfig(steps=20_000, batch_size=32, lr=3e-4), drift=FitConfig(steps=5_000, batch_size=32, lr=1e-4),
+        reflector=ReflectorConfig(image_size=256), reflect=FitConfig(steps=2_000, batch_size=32, lr=3e-4, weight_decay=0.1),
+        ppo=PPOConfig(iterations=100))
+
+
 def stage_settings(config, name) -> dict:
     """The part of the configuration that a finished stage depends on directly."""
     sections = {"demonstrate": ("demos", "num_demos"), "clone": ("policy", "clone"), "explore": ("explore",),
@@ -108,7 +118,14 @@ def stage_settings(config, name) -> dict:
 
 
 def parse(arguments: list[str]) -> TrainConfig:
-    """The preset first, then every flag on top of it."""
+    """The preset first, then every flag on top of it. UserError where sizes that must be one are not."""
     chosen = [value for flag, value in zip(arguments, arguments[1:]) if flag == "--preset"]
     chosen += [flag.split("=", 1)[1] for flag in arguments if flag.startswith("--preset=")]
-    return tyro.cli(TrainConfig, default=tiny() if chosen == ["tiny"] else TrainConfig(), args=arguments)
+    default = {"tiny": tiny, "large": large}.get(chosen[-1] if chosen else "", TrainConfig)()
+    config = tyro.cli(TrainConfig, default=default, args=arguments)
+    for name in ("image_size", "chunk_size"):
+        sizes = {f"--{part}.{name}": getattr(getattr(config, part), name) for part in ("policy", "world_model", "reflector")
+                 if hasattr(getattr(config, part), name)}
+        if len(set(sizes.values())) > 1:
+            raise UserError(f"{', '.join(f'{flag} {value}' for flag, value in sizes.items())}: give them all the same value")
+    return config

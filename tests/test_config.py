@@ -1,0 +1,34 @@
+"""Promises of config.py: presets whose parts fit together, flags on top of them, and sizes that must be one."""
+import pytest
+import torch
+
+import config
+from policy import Policy
+from reflector import Reflector
+from runs import UserError
+from test_world_model import toy_batch
+from tiny_models import CAMERAS, NORMALIZER
+from world_model import WorldModel, world_model_loss
+
+
+def test_a_flag_beside_a_preset_wins():
+    assert config.parse(["--preset", "tiny", "--clone.steps", "7"]).clone.steps == 7
+    assert config.parse(["--clone.steps", "7", "--preset=tiny"]).num_demos == config.tiny().num_demos != 5
+    assert config.parse([]) == config.TrainConfig()
+
+
+@pytest.mark.parametrize("flag", ["--policy.image_size=128", "--world_model.chunk_size=4"])
+def test_sizes_that_differ_are_one_clear_line(flag):
+    with pytest.raises(UserError, match=flag.replace("=", " ") + ".*same value"):
+        config.parse([flag])
+
+
+def test_the_large_preset_paints_and_reads_pictures_of_256_pixels():
+    large = config.parse(["--preset", "large", "--policy.chunk_size", "4", "--world_model.chunk_size", "4"])
+    batch, world = toy_batch(1, size=256), WorldModel(large.world_model, CAMERAS, NORMALIZER)
+    loss, _ = world_model_loss(world, batch, torch.Generator().manual_seed(0))
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in world.unet.parameters())
+    assert Reflector(large.reflector)(batch["memory"][:, :3], ["pick up the milk"], torch.zeros(1, 3, 8)).shape == (1, 3)
+    obs = {"images": batch["memory"][:, -1], "state": batch["memory_states"][:, -1], "instruction": ["pick up the milk"]}
+    assert Policy(large.policy, NORMALIZER)(obs).loc.shape == (1, 4, 7)
