@@ -234,7 +234,10 @@ def _timed(work):
 # The virtual environment, measured
 # ---------------------------------------------------------------------------------------------------------------------
 def measure_world(arguments, run, trained, suite, task_ids, policy, world, reflector, rule, num_procs, device):
-    """Play test episodes in the true simulator, imagine them, write and print what `fidelity.measure` finds."""
+    """Play test episodes in the true simulator, imagine them, write and print what `fidelity.measure` finds.
+
+    Some are taken up again by the greedy policy, in both worlds, from where RL starts: just before their first grasp.
+    """
     folder = Path(arguments.output_dir or run / f"world_{arguments.episodes}")
     contexts = [LiberoContext(task, TEST_SEED + i) for task in task_ids for i in range(arguments.episodes)]
     heat = [arguments.temperatures[context.seed % len(arguments.temperatures)] for context in contexts]
@@ -243,10 +246,19 @@ def measure_world(arguments, run, trained, suite, task_ids, policy, world, refle
                           mesh_cell=explored["mesh_cell"], device=device)
     try:
         play(policy, env, contexts, folder, "test", TEST_SEED, heat)
+        test, horizon = load_episodes(folder), trained["virtual"]["horizon"]
+        mild = [episode for episode in test if episode.temperature <= trained["start"]["hottest"]]
+        data = ChunkData(mild, sizes.chunk_size, device, every_offset=False)
+        firsts = {k: (k, t) for (kind, _), pool in data.start_pools().items() for k, t in reversed(pool) if kind == "contact"}
+        again = [LiberoContext(data.episodes[k].task_id, data.episodes[k].seed, max_steps=horizon * sizes.chunk_size,
+                               prefix=data.episodes[k].executed[:t * sizes.chunk_size]) for k, t in firsts.values()]
+        lines = play(policy, env, again, folder / "closed_loop", "closed loop", TEST_SEED)
     finally:
         env.close()
     library = load_episodes(run / "demonstrate" / "episodes") + load_episodes(run / "explore")
-    measured = measure(world, reflector, policy, load_episodes(folder), library, rule, folder)
+    stopped = imagined_success(policy, world, reflector, data.starts(list(firsts.values())), horizon, rule)
+    closed_loop = stopped, [line["oracle_stop"] for line in lines]
+    measured = measure(world, reflector, policy, test, library, rule, folder, closed_loop)
     write_json(folder / "fidelity.json", measured)
     report.fidelity_plots(folder / "fidelity.png", measured)
     text = report.fidelity_report(measured)

@@ -7,6 +7,8 @@ comes out is laid beside what truly happened. Two things can be wrong, and they 
     error by horizon     PSNR, SSIM and a feature distance after 1 to 20 chunks, beside three rivals: the last frame
                          stays; the same simulator with another episode's actions; the nearest training episode
     outcome              does the verdict on the imagined episode equal what truly happened? false and missed successes
+    closed loop          the policy itself plays on in both worlds from the same frames, shortly before a grasp, as in RL:
+                         does the virtual environment pay for what would truly succeed?
     action following     a small probe, trained on true frames, reads the gripper's place off the imagined ones
     physical violations  blocks of the agent view that change in imagination where nothing moved in truth
     stability            the same actions under 8 noises: how often is the verdict not unanimous?
@@ -211,12 +213,16 @@ def reflector_quality(reflector, episodes, chunk_size, rule, scores=None) -> dic
 
 
 def outcome_agreement(scores, episodes, rule) -> dict:
-    """Verdict (the reflector would have stopped) against the truth (the goal held in a frame), with Wilson 95 % intervals.
+    """`agreement` of the reflector (it would have stopped) with the truth (the goal held in a frame); scores: by episode."""
+    return agreement([rule.stops(values).any() for values in scores], [episode.success.any() for episode in episodes])
 
-    scores: one array an episode. false_success: of the true failures, those called successes; missed: the reverse.
+
+def agreement(verdict, truth) -> dict:
+    """Two lists of booleans, with Wilson 95 % intervals.
+
+    false_success: of the true failures, those called successes; missed_success: of the successes, those called failures.
     """
-    verdict = np.array([bool(rule.stops(values).any()) for values in scores])
-    truth = np.array([bool(episode.success.any()) for episode in episodes])
+    verdict, truth = np.array(verdict, bool), np.array(truth, bool)
     counts = {"agreement": (int((verdict == truth).sum()), len(truth)),
               "false_success": (int((verdict & ~truth).sum()), int((~truth).sum())),
               "missed_success": (int((~verdict & truth).sum()), int(truth.sum()))}
@@ -344,19 +350,20 @@ def check_trust(world: dict, reflector: dict, least_auroc=0.8):
 HORIZONS = (1, 2, 5, 10, 15, 20)
 
 
-def measure(world, reflector, policy, test, library, rule, folder) -> dict:
+def measure(world, reflector, policy, test, library, rule, folder, closed_loop) -> dict:
     """Everything above on the episodes `test`, which nothing was trained on; pictures go to `folder`.
 
     library: the training episodes, for the nearest-episode rival and the probe. policy: its picture tokens are the
-    feature distance.
+    feature distance. closed_loop: the policy's successes in imagination, and true ones from the same starts.
     """
     chunk_size = world.config.chunk_size
     imagined, scores = imagine_episodes(world, reflector, test)
     true_scores = frame_scores(reflector, test, chunk_size)
     with_start = [np.concatenate([true[:1], values]) for true, values in zip(true_scores, scores)]
     result = {"episodes": len(test), "failures": sum(not episode.success.any() for episode in test),
-              "outcome": {"imagined": outcome_agreement(scores, test, rule),
-                          "true": outcome_agreement([values[1:] for values in true_scores], test, rule)},
+              "outcome": {"imagined frames": outcome_agreement(scores, test, rule),
+                          "true frames": outcome_agreement([values[1:] for values in true_scores], test, rule),
+                          "closed loop": agreement(*closed_loop)},
               "reflector": {"true": reflector_quality(reflector, test, chunk_size, rule, true_scores),
                             "imagined": reflector_quality(reflector, imagined, chunk_size, rule, with_start)},
               "violations": violations(world, test, imagined),

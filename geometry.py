@@ -134,24 +134,29 @@ def pixel_grid(size: int, device: torch.device) -> Tensor:
     return torch.stack(torch.meshgrid(middle, middle, indexing="xy"), dim=-1)
 
 
-def warp_wrist(image: Tensor, state_from: Tensor, state_to: Tensor, camera: Camera,
-               plane_z: float) -> tuple[Tensor, Tensor]:
-    """What the wrist picture (B, C, H, W) of `state_from` (B, 8) shows of the plane, as seen from `state_to`.
+def seen_on_plane(image: Tensor, camera: Camera, pose: tuple[Tensor, Tensor], state: Tensor, wrist: Camera,
+                  plane_z: float) -> tuple[Tensor, Tensor]:
+    """What a picture (B, C, H, W), taken by `camera` in `pose`, shows of the plane, as the wrist camera sees it in `state`.
 
-    -> picture (B, C, H, W) and visibility (B, 1, H, W): 1 where the old picture has that point of the plane.
+    -> picture (B, C, H, W) and visibility (B, 1, H, W): 1 where the picture has that point of the plane.
     """
     B, C, H, W = image.shape
-    position, rotation = camera_pose(camera, state_to, on_hand=True)
-    pixels = pixel_grid(H, image.device).view(1, H * W, 2) * corner(camera, image.device)
+    position, rotation = camera_pose(wrist, state, on_hand=True)
+    pixels = pixel_grid(H, image.device).view(1, H * W, 2) * corner(wrist, image.device)
     rays = F.pad(pixels, (0, 1), value=-1.0) @ rotation.transpose(1, 2)  # (B, H*W, 3) in the world
     distance = (plane_z - position[:, None, 2:]) / rays[..., 2:].clamp(max=-1e-4)  # only falling rays meet it
-    points = position[:, None] + distance * rays  # (B, H*W, 3)
-    where, depth = project(points, camera, camera_pose(camera, state_from, on_hand=True))
+    where, depth = project(position[:, None] + distance * rays, camera, pose)  # (B, H*W, 2), (B, H*W)
     seen = (where.abs().amax(-1) <= 1) & (depth > 0) & (distance[..., 0] > 0) & (rays[..., 2] < -1e-4)
     grid = where.clamp(-2, 2).view(B, H, W, 2)
     # Bicubic: in imagination each picture is warped from the last; five times bilinear leave a seventh of its edges.
     warped = F.grid_sample(image, grid, mode="bicubic", padding_mode="border", align_corners=False)
     return warped, seen.view(B, 1, H, W).to(image.dtype)
+
+
+def warp_wrist(image: Tensor, state_from: Tensor, state_to: Tensor, camera: Camera,
+               plane_z: float) -> tuple[Tensor, Tensor]:
+    """The wrist picture (B, C, H, W) of `state_from` (B, 8) as it would be in `state_to`, as `seen_on_plane`."""
+    return seen_on_plane(image, camera, camera_pose(camera, state_from, on_hand=True), state_to, camera, plane_z)
 
 
 def ray_map(camera: Camera, state: Tensor, size: int, on_hand: bool = False) -> Tensor:

@@ -133,7 +133,7 @@ def _seeds(cell) -> str:
 
 def fidelity_report(measured: dict) -> str:
     """fidelity.json -> Markdown."""
-    rows = [[f"{name.replace('_', ' ')} on {world} frames", f"{cell['count']}/{cell['of']} = {_percent(cell['rate'])} "
+    rows = [[f"{name.replace('_', ' ')}, {world}", f"{cell['count']}/{cell['of']} = {_percent(cell['rate'])} "
              f"({cell['ci95'][0]:.0%} to {cell['ci95'][1]:.0%})"]
             for world, cells in measured["outcome"].items() for name, cell in cells.items()]
     rows += [[name.replace("_", " "), _number(value)] for part in ("stability", "violations", "following")
@@ -200,7 +200,7 @@ def fidelity_plots(path, measured: dict) -> None:
             axes.plot([low, high], [-place, -place], color="black", linewidth=1)
             axes.plot([cell["rate"] or 0], [-place], marker="o", color="black")
         axes.set(yticks=[-n for n in range(len(cells))], yticklabels=[name.replace("_", " ") for name in cells], xlim=(0, 1))
-        axes.set_title(f"verdict on {world} frames", fontsize=11)
+        axes.set_title(f"verdict, {world}", fontsize=11)
     for axes in grid.flat:
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)

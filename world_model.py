@@ -3,13 +3,14 @@
 One chunk of actions in, one pair of pictures out. `kinematics.py` says where the robot will be and what its fingers
 will hold; the pictures come from a diffusion model that is given the geometry and paints what is unknown:
 
-    base      agent view: the last frame;  wrist: the last frame warped over the table to the hand's next pose
+    base      agent view: the last frame;  wrist: the last frame warped over the table to the hand's next pose,
+              and where that one shows nothing, the first agent view warped there
     residual  (next frame - base) / residual_std: this is what is diffused, so sigma_data = 1
 
     noisy residual --- c_in ---+
     base, last wrist frame ----|   pixel      U-Net
-    memory: agent view, -------+-> unshuffle -> (diffusers) -- c_out --> + --> residual --> + --> next frame
-        wrist warped           |                 ^                       |                  |
+    memory: agent view, wrist -+-> unshuffle -> (diffusers) -- c_out --> + --> residual --> + --> next frame
+        warped, agent warped   |                 ^                       |                  |
     action maps of both views -+                 |              noisy residual * c_skip   base
                                   noise level, action chunk, old and new state
 
@@ -40,7 +41,7 @@ from torch import Tensor, nn
 
 from encoders import Injection, Latents
 from episodes import MEMORY, Normalizer, StartContext, finger_history, memory_index, to_float, to_uint8
-from geometry import Cameras, action_map, ray_map, turn_between, warp_wrist
+from geometry import Cameras, action_map, camera_pose, ray_map, seen_on_plane, turn_between, warp_wrist
 from kinematics import (STATE_FEATURES, GraspPredictor, PosePredictor, draw_opening, moved, opening_bin, state_features,
                         surroundings, with_opening)
 from reflector import StopRule
@@ -60,6 +61,7 @@ class WorldModelConfig:
     attention: bool = True  # self-attention at the coarsest level
     encoders: tuple[str, ...] = ()  # picture encoders to attend to: `ours`, or vision models of Hugging Face
     vae: str = ""  # AutoencoderKL of diffusers, a folder or a hub id: diffuse its latents; empty: pixels
+    plane_view: bool = True  # show the U-Net what the agent view has of the table, as the wrist camera would see it
     ray_maps: bool = False  # show the U-Net the ray of every pixel of both cameras (the paper does)
     hand_height: float = 0.22  # lowest part of the wrist picture, which shows the hand: not warped
     residual_std: tuple[float, float] = (0.15, 0.25)  # of next frame - base, in each view, in [-1, 1]
@@ -124,7 +126,7 @@ class WorldModel(nn.Module):
             raise UserError(f"--world_model.image_size {config.image_size} cannot be halved as often as patch, levels and "
                             "VAE ask for: choose a multiple of a larger power of 2")
         self.diffused = (2 * c, config.image_size // factor, config.image_size // factor)
-        both_views, context = 2 * c, (2 * c + 1) * MEMORY + 2 * c + 4 * 3 + 12 * config.ray_maps  # see `condition`
+        both_views, context = 2 * c, (2 * c + 1) * (MEMORY + config.plane_view) + 2 * c + 4 * 3 + 12 * config.ray_maps
         shape = dict(in_channels=(both_views + context) * config.patch**2, out_channels=both_views * config.patch**2,
                      block_out_channels=config.channels, layers_per_block=config.layers, norm_num_groups=8,
                      class_embed_type="identity")
@@ -177,16 +179,23 @@ class WorldModel(nn.Module):
         seen = (seen * outside * (warped[:, 3:] > 0.99)).view(B, n, 1, H, W)
         warped = warped[:, :3].view(B, n, C, H, W) * seen
         agent, wrist = memory[:, -1, 0], memory[:, -1, 1]  # (B, 3, H, W)
-        base = self.encode(torch.cat([agent, warped[:, -1] + (1 - seen[:, -1]) * wrist], dim=1))  # (B, V*c, h, w)
+        unseen, by_frame = wrist, [memory[:, :, 0].flatten(1, 2), warped.flatten(1, 2)]
+        if self.config.plane_view:  # of the first frame, which never drifts, and of the last one
+            pose = camera_pose(self.cameras.agentview, next_state, on_hand=False)
+            plane, there = seen_on_plane(memory[:, [0, -1], 0].flatten(1, 2), self.cameras.agentview, pose, next_state,
+                                         self.cameras.wrist, self.cameras.plane_z)  # (B, 2*3, H, W), (B, 1, H, W)
+            there = there * outside.view(B, n, 1, H, W)[:, 0]
+            unseen, by_frame = there * plane[:, :3] + (1 - there) * wrist, [*by_frame, there * plane]
+            seen = torch.cat([seen, there[:, None]], dim=1)
+        base = self.encode(torch.cat([agent, warped[:, -1] + (1 - seen[:, n - 1]) * unseen], dim=1))  # (B, V*c, h, w)
         poses, size = (memory_states[:, -1], next_state), base.shape[-1]
         maps = [action_map(self.cameras.agentview, state, size) for state in poses]
         maps += [action_map(self.cameras.wrist, state, size, hand=next_state) for state in poses]
         if self.config.ray_maps:
             maps += [ray_map(self.cameras.agentview, next_state, size),
                      ray_map(self.cameras.wrist, next_state, size, on_hand=True)]
-        by_frame = [self.encode(memory[:, :, 0].flatten(1, 2)), self.encode(warped.flatten(1, 2)),
-                    F.adaptive_avg_pool2d(seen.flatten(1, 2), size)]
-        return base, torch.cat([*by_frame, self.encode(wrist), base.chunk(2, dim=1)[1], *maps], dim=1)
+        masks = F.adaptive_avg_pool2d(seen.flatten(1, 2), size)
+        return base, torch.cat([*map(self.encode, by_frame), masks, self.encode(wrist), base.chunk(2, dim=1)[1], *maps], dim=1)
 
     def encode(self, images: Tensor) -> Tensor:
         """Pictures (B, n*3, H, W) in [-1, 1] -> what is diffused: their latents (B, n*c, h, w), or themselves."""

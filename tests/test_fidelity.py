@@ -7,8 +7,8 @@ import torch
 from scipy.ndimage import uniform_filter
 
 from episodes import ChunkData, Episode
-from fidelity import (GripperProbe, check_trust, gripper_pixels, horizon_errors, imagine_episodes, open_loop,
-                      outcome_agreement, reflector_quality, ssim, stability, violations)
+from fidelity import (GripperProbe, agreement, check_trust, gripper_pixels, horizon_errors, imagine_episodes,
+                      open_loop, outcome_agreement, reflector_quality, ssim, stability, violations)
 from geometry import Camera, Cameras
 from reflector import StopRule
 from runs import UserError
@@ -106,12 +106,13 @@ def test_an_imagined_episode_keeps_its_true_labels_and_verdicts_are_compared_wit
     imagined, scores = imagine_episodes(Mover(), Bright(), EPISODES)
     assert [len(values) for values in scores] == [3, 6, 4, 2]
     assert all(np.array_equal(a.success, b.success) and a.source == "imagined" for a, b in zip(imagined, EPISODES))
-    agreement = outcome_agreement(scores, EPISODES, ONE)
-    assert agreement["agreement"]["count"] == 4 and agreement["missed_success"]["of"] == 2
+    right = outcome_agreement(scores, EPISODES, ONE)
+    assert right["agreement"]["count"] == 4 and right["missed_success"]["of"] == 2
     wrong = [np.array([0.1]), np.array([0.9]), np.array([0.2, 0.6]), np.array([0.7])]  # truth: yes, yes, no, no
     cells = outcome_agreement(wrong, EPISODES, ONE)
     assert {name: (cell["count"], cell["of"]) for name, cell in cells.items()} == {
         "agreement": (1, 4), "false_success": (2, 2), "missed_success": (1, 2)}
+    assert agreement([], [])["agreement"] == {"count": 0, "of": 0, "rate": None, "ci95": [0.0, 1.0]}
     assert reflector_quality(Bright(), imagined, L, ONE)["auroc"] == 1
 
 

@@ -9,7 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import geometry
-from geometry import Camera, Cameras, action_map, camera_pose, pixel_grid, project, ray_map, warp_wrist
+from geometry import Camera, Cameras, action_map, camera_pose, pixel_grid, project, ray_map, seen_on_plane, warp_wrist
 
 torch.set_num_threads(1)
 AGENTVIEW = Camera(45.0, [0.9, 0.0, 0.65], [[0.0, -0.6, 0.8], [1.0, 0.0, 0.0], [0.0, 0.8, 0.6]])
@@ -26,10 +26,10 @@ def states(B, seed=0, tilt=0.1):
     return torch.cat([position, geometry.turn_state(down, turn), fingers], dim=1)
 
 
-def photograph(state, H=96, wavelength=0.25):
-    """What the wrist camera sees of a smooth pattern painted on the table z = 0: (B, 3, H, H)."""
-    position, rotation = camera_pose(WRIST, state, on_hand=True)
-    scale = math.tan(math.radians(WRIST.fovy) / 2)
+def photograph(state, camera=WRIST, H=96, wavelength=0.25):
+    """What a camera sees of a smooth pattern painted on the table z = 0: (B, 3, H, H)."""
+    position, rotation = camera_pose(camera, state, on_hand=camera is WRIST)
+    scale = math.tan(math.radians(camera.fovy) / 2)
     image = torch.empty(len(state), 3, H, H)
     for b in range(len(state)):
         for row, line in enumerate(pixel_grid(H, state.device)):
@@ -91,6 +91,15 @@ def test_a_point_on_the_plane_keeps_its_colour_under_the_warp():
     inside = visible.bool().expand_as(new)
     assert 0.3 < visible.mean() < 1
     assert (warped - new)[inside].abs().max() < 0.1 and (old - new).abs().mean() > 0.3
+
+
+def test_the_wrist_camera_would_see_the_same_plane_in_the_agent_view():
+    state = states(4, 2)
+    from_above, seen_by_hand = photograph(state, AGENTVIEW), photograph(state)
+    warped, visible = seen_on_plane(from_above, AGENTVIEW, camera_pose(AGENTVIEW, state, on_hand=False), state, WRIST, 0.0)
+    inside = visible.bool().expand_as(warped)
+    assert visible.mean() > 0.9 and (warped - seen_by_hand)[inside].abs().max() < 0.1
+    assert (from_above - seen_by_hand).abs().mean() > 0.1
 
 
 def test_warp_to_the_same_pose_changes_nothing():

@@ -176,6 +176,15 @@ def test_the_opening_is_seen_and_learned_apart_from_the_pictures():
     assert not torch.allclose(logits[0], logits[1]), "what the fingers close on is seen"
 
 
+def test_where_no_wrist_picture_has_looked_the_base_shows_the_first_agent_view():
+    memory, there = -torch.ones(1, 4, 2, 3, 16, 16), START + 0.15 * torch.eye(8)[1]
+    memory[:, 0, 0] = 1  # it alone is bright
+    beside, same = (make_model().condition(memory, START.expand(1, 4, 8), state[None])[0][0, 3:, :12] for state in (there, START))
+    assert 0.1 < (beside > 0.9).float().mean() < 0.9 and (same < -0.9).all(), "what the wrist has seen, it has seen better"
+    without = make_model(replace(TINY, plane_view=False)).condition(memory, START.expand(1, 4, 8), there[None])[0]
+    assert (without == -1).all()
+
+
 @pytest.mark.parametrize("change, expected", [(3, 0), (-3, 0), (50, 46), (-50, -46)])
 def test_what_hardly_changes_stays_as_it_was(change, expected):
     model, memory = make_model(), torch.full((1, 4, 2, 3, 16, 16), 128, dtype=torch.uint8)
