@@ -249,7 +249,8 @@ def measure_world(arguments, run, trained, suite, task_ids, policy, world, refle
         test, horizon = load_episodes(folder), trained["virtual"]["horizon"]
         mild = [episode for episode in test if episode.temperature <= trained["start"]["hottest"]]
         data = ChunkData(mild, sizes.chunk_size, device, every_offset=False)
-        firsts = {k: (k, t) for (kind, _), pool in data.start_pools().items() for k, t in reversed(pool) if kind == "contact"}
+        pools = [pool for (kind, _), pool in data.start_pools().items() if kind == "contact"]
+        firsts = {k: (k, t) for pool in pools for k, t in reversed(pool)}  # of every episode the first such frame
         again = [LiberoContext(data.episodes[k].task_id, data.episodes[k].seed, max_steps=horizon * sizes.chunk_size,
                                prefix=data.episodes[k].executed[:t * sizes.chunk_size]) for k, t in firsts.values()]
         lines = play(policy, env, again, folder / "closed_loop", "closed loop", TEST_SEED)

@@ -194,8 +194,8 @@ class WorldModel(nn.Module):
         if self.config.ray_maps:
             maps += [ray_map(self.cameras.agentview, next_state, size),
                      ray_map(self.cameras.wrist, next_state, size, on_hand=True)]
-        masks = F.adaptive_avg_pool2d(seen.flatten(1, 2), size)
-        return base, torch.cat([*map(self.encode, by_frame), masks, self.encode(wrist), base.chunk(2, dim=1)[1], *maps], dim=1)
+        maps = [F.adaptive_avg_pool2d(seen.flatten(1, 2), size), self.encode(wrist), base.chunk(2, dim=1)[1], *maps]
+        return base, torch.cat([*map(self.encode, by_frame), *maps], dim=1)
 
     def encode(self, images: Tensor) -> Tensor:
         """Pictures (B, n*3, H, W) in [-1, 1] -> what is diffused: their latents (B, n*c, h, w), or themselves."""

@@ -182,7 +182,7 @@ def test_where_no_wrist_picture_has_looked_the_base_shows_the_first_agent_view()
     beside, same = (make_model().condition(memory, START.expand(1, 4, 8), state[None])[0][0, 3:, :12] for state in (there, START))
     assert 0.1 < (beside > 0.9).float().mean() < 0.9 and (same < -0.9).all(), "what the wrist has seen, it has seen better"
     without = make_model(replace(TINY, plane_view=False)).condition(memory, START.expand(1, 4, 8), there[None])[0]
-    assert (without == -1).all()
+    assert (without < -0.9).all()
 
 
 @pytest.mark.parametrize("change, expected", [(3, 0), (-3, 0), (50, 46), (-50, -46)])
