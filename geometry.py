@@ -159,6 +159,36 @@ def warp_wrist(image: Tensor, state_from: Tensor, state_to: Tensor, camera: Came
     return seen_on_plane(image, camera, camera_pose(camera, state_from, on_hand=True), state_to, camera, plane_z)
 
 
+def outside_hand(size: int, hand_height: float, device: torch.device) -> Tensor:
+    """(1, 1, H, W): 0 in the lowest part of the wrist picture, which shows the hand itself, 1 elsewhere."""
+    mask = torch.ones(1, 1, size, size, device=device)
+    mask[:, :, round(size * (1 - hand_height)):] = 0
+    return mask
+
+
+def wrist_memory(wrist: Tensor, states: Tensor, state: Tensor, cameras: Cameras,
+                 hand_height: float) -> tuple[Tensor, Tensor]:
+    """Wrist pictures (B, F, 3, H, W) of `states` (B, F, 8) as they would be in `state` (B, 8), less the hand in them.
+
+    -> pictures (B, F, 3, H, W), 0 where not visible, and visibility (B, F, 1, H, W).
+    """
+    B, n, _, H, W = wrist.shape
+    outside = outside_hand(H, hand_height, wrist.device)
+    pictures = torch.cat([wrist.flatten(0, 1), outside.expand(B * n, 1, H, W)], dim=1)
+    warped, seen = warp_wrist(pictures, states.flatten(0, 1), state.repeat_interleave(n, dim=0), cameras.wrist,
+                              cameras.plane_z)
+    seen = seen * outside * (warped[:, 3:] > 0.99)
+    return (warped[:, :3] * seen).unflatten(0, (B, n)), seen.unflatten(0, (B, n))
+
+
+def agent_memory(agent: Tensor, state: Tensor, cameras: Cameras, hand_height: float) -> tuple[Tensor, Tensor]:
+    """Agent views (B, F, 3, H, W) of the table as the wrist camera would see it in `state` (B, 8); as `wrist_memory`."""
+    pose = camera_pose(cameras.agentview, state, on_hand=False)
+    plane, seen = seen_on_plane(agent.flatten(1, 2), cameras.agentview, pose, state, cameras.wrist, cameras.plane_z)
+    seen = seen * outside_hand(agent.shape[-1], hand_height, agent.device)
+    return (plane * seen).unflatten(1, agent.shape[1:3]), seen[:, None].expand(-1, agent.shape[1], 1, -1, -1)
+
+
 def ray_map(camera: Camera, state: Tensor, size: int, on_hand: bool = False) -> Tensor:
     """The Pluecker coordinates (direction, origin x direction) of every pixel's ray in the world, (B, 6, H, W)."""
     position, rotation = camera_pose(camera, state, on_hand)

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from encoders import Injection, Latents
 from episodes import MEMORY, Normalizer, StartContext, finger_history, memory_index, to_float, to_uint8
-from geometry import Cameras, action_map, camera_pose, ray_map, seen_on_plane, turn_between, warp_wrist
+from geometry import Cameras, action_map, agent_memory, ray_map, turn_between, wrist_memory
 from kinematics import (STATE_FEATURES, GraspPredictor, PosePredictor, draw_opening, moved, opening_bin, state_features,
                         surroundings, with_opening)
 from reflector import StopRule
@@ -133,11 +133,9 @@ class WorldModel(nn.Module):
         self.injection = Injection(config.encoders, D) if config.encoders else None
         if self.injection:  # attends to their tokens at every resolution but the finest
             blocks = ["DownBlock2D"] + ["CrossAttnDownBlock2D"] * (len(config.channels) - 1)
-            self.unet = UNet2DConditionModel(**shape, cross_attention_dim=D, attention_head_dim=4, down_block_types=blocks,
-                                             up_block_types=[name.replace("Down", "Up") for name in reversed(blocks)])
-        else:
-            self.unet = UNet2DModel(**shape, attention_head_dim=32, add_attention=config.attention, down_block_types=blocks,
-                                    up_block_types=[name.replace("Down", "Up") for name in reversed(blocks)])
+        shape |= dict(down_block_types=blocks, up_block_types=[name.replace("Down", "Up") for name in reversed(blocks)])
+        self.unet = (UNet2DConditionModel(**shape, cross_attention_dim=D, attention_head_dim=4) if self.injection else
+                     UNet2DModel(**shape, attention_head_dim=32, add_attention=config.attention))
         inputs = 7 * config.chunk_size + 2 * STATE_FEATURES
         self.embed = nn.Sequential(nn.Linear(inputs, D), nn.SiLU(), nn.Linear(D, D))
         self.pose_predictor = PosePredictor(config.chunk_size, config.state_width)
@@ -170,32 +168,22 @@ class WorldModel(nn.Module):
     def condition(self, memory: Tensor, memory_states: Tensor, next_state: Tensor) -> tuple[Tensor, Tensor]:
         """Memory (B, F, V, 3, H, W) in [-1, 1], its states (B, F, 8) -> base (B, *diffused) and the context
         (B, C, h, w), all pictures that the U-Net sees beside the noisy residual."""
-        B, n, V, C, H, W = memory.shape
-        outside = memory.new_ones(B * n, 1, H, W)  # outside the hand's own part of the wrist picture
-        outside[:, :, round(H * (1 - self.config.hand_height)):] = 0
-        wrist = torch.cat([memory[:, :, 1].flatten(0, 1), outside], dim=1)  # (B*F, 3 + 1, H, W)
-        warped, seen = warp_wrist(wrist, memory_states.flatten(0, 1), next_state.repeat_interleave(n, dim=0),
-                                  self.cameras.wrist, self.cameras.plane_z)
-        seen = (seen * outside * (warped[:, 3:] > 0.99)).view(B, n, 1, H, W)
-        warped = warped[:, :3].view(B, n, C, H, W) * seen
         agent, wrist = memory[:, -1, 0], memory[:, -1, 1]  # (B, 3, H, W)
-        unseen, by_frame = wrist, [memory[:, :, 0].flatten(1, 2), warped.flatten(1, 2)]
+        warped, seen = wrist_memory(memory[:, :, 1], memory_states, next_state, self.cameras, self.config.hand_height)
+        views, masks, unseen = [memory[:, :, 0], warped], [seen], wrist
         if self.config.plane_view:  # of the first frame, which never drifts, and of the last one
-            pose = camera_pose(self.cameras.agentview, next_state, on_hand=False)
-            plane, there = seen_on_plane(memory[:, [0, -1], 0].flatten(1, 2), self.cameras.agentview, pose, next_state,
-                                         self.cameras.wrist, self.cameras.plane_z)  # (B, 2*3, H, W), (B, 1, H, W)
-            there = there * outside.view(B, n, 1, H, W)[:, 0]
-            unseen, by_frame = there * plane[:, :3] + (1 - there) * wrist, [*by_frame, there * plane]
-            seen = torch.cat([seen, there[:, None]], dim=1)
-        base = self.encode(torch.cat([agent, warped[:, -1] + (1 - seen[:, n - 1]) * unseen], dim=1))  # (B, V*c, h, w)
+            plane, there = agent_memory(memory[:, [0, -1], 0], next_state, self.cameras, self.config.hand_height)
+            views, masks, unseen = [*views, plane], [*masks, there[:, :1]], plane[:, 0] + (1 - there[:, 0]) * wrist
+        base = self.encode(torch.cat([agent, warped[:, -1] + (1 - seen[:, -1]) * unseen], dim=1))  # (B, V*c, h, w)
         poses, size = (memory_states[:, -1], next_state), base.shape[-1]
         maps = [action_map(self.cameras.agentview, state, size) for state in poses]
         maps += [action_map(self.cameras.wrist, state, size, hand=next_state) for state in poses]
         if self.config.ray_maps:
             maps += [ray_map(self.cameras.agentview, next_state, size),
                      ray_map(self.cameras.wrist, next_state, size, on_hand=True)]
-        maps = [F.adaptive_avg_pool2d(seen.flatten(1, 2), size), self.encode(wrist), base.chunk(2, dim=1)[1], *maps]
-        return base, torch.cat([*map(self.encode, by_frame), *maps], dim=1)
+        pictures = [self.encode(view.flatten(1, 2)) for view in views]
+        masks = F.adaptive_avg_pool2d(torch.cat(masks, dim=1).flatten(1, 2), size)
+        return base, torch.cat([*pictures, masks, self.encode(wrist), base.chunk(2, dim=1)[1], *maps], dim=1)
 
     def encode(self, images: Tensor) -> Tensor:
         """Pictures (B, n*3, H, W) in [-1, 1] -> what is diffused: their latents (B, n*c, h, w), or themselves."""
