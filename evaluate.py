@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import time
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -50,6 +50,7 @@ TEST_SEED = 50_000_000  # placements of the episodes that measure a virtual envi
 class EvaluateConfig:
     episodes: int = 5  # episodes a task and policy, from the benchmark's first initial states on (50 at most)
     imagine: bool = True  # also play every policy in the imagined world, from the same first frames
+    stop: StopRule = field(default_factory=lambda: StopRule(confirm=2))  # self stop in the true world
     videos: int = 1  # film strips a task: the true rollout above, the imagined one below
 
 
@@ -337,7 +338,7 @@ def evaluate_runs(arguments, runs, trained, suite, task_ids, num_procs, device):
         reflector = None
         if arguments.stop != "oracle":
             reflector = load_model(Reflector, run / "reflect", device)
-        sizes, rule = next(iter(policies.values())).config, StopRule(**config["virtual"]["stop"])
+        sizes, rule = next(iter(policies.values())).config, StopRule(**config["evaluate"]["stop"])
         folder = output if len(runs) == 1 else output / name if arguments.output_dir else run / base
         locks += [Run(folder)] if folder != output else []
         lines[name] = evaluate_policies(policies, reflector, suite, task_ids, arguments.episodes, folder, sizes.image_size,

@@ -88,14 +88,19 @@ class GraspPredictor(nn.Module):
         self.squeeze = nn.Conv2d(2 * C, 16, 1)  # few channels, every place: WHERE the object lies matters
         self.out = nn.Sequential(nn.Linear(16 * (image_size // 8) ** 2 + D, D), nn.SiLU(), nn.Dropout(dropout),
                                  nn.Linear(D, BINS))
+        self.stay = nn.Linear(D, 1)
 
-    def forward(self, pictures: Tensor, features: Tensor) -> Tensor:
-        """Pictures (B, 13, H, W) and features (B, 14 L + 22) of `surroundings` -> logits (B, BINS)."""
+    def forward(self, pictures: Tensor, features: Tensor, metres: Tensor) -> Tensor:
+        """Pictures (B, 13, H, W) and features (B, 14 L + 22) of `surroundings`, opening (B,) now -> logits (B, BINS)."""
         embedding = self.embed(features)
         x = self.block1(self.stem(pictures), embedding)  # (B, C, H/4, W/4)
         x = self.block2(self.down(x), embedding)  # (B, 2C, H/8, W/8)
         x = F.silu(self.squeeze(x)).flatten(1)
-        return self.out(torch.cat([x, F.silu(embedding)], dim=1)).float()
+        logits = self.out(torch.cat([x, F.silu(embedding)], dim=1)).float()
+        # Fingers that hold something go on holding it: commands and state say how sure that is, without the pictures.
+        centres = (torch.arange(BINS, device=metres.device) + 0.5) * MAX_OPENING / BINS
+        near = torch.exp(-((centres - metres[:, None]) / (MAX_OPENING / BINS)).square())  # (B, BINS)
+        return logits + self.stay(F.silu(embedding)).float() * near
 
 
 def surroundings(images: Tensor, state: Tensor, next_pose: Tensor, previous_actions: Tensor, actions: Tensor,

@@ -75,10 +75,12 @@ class ReflectorConfig:
 
 @dataclass
 class StopRule:
-    """When the reflector ends an episode: at the second frame in a row that it takes for done."""
+    """When the reflector ends an episode. In imagination at the first frame that it takes for done, as in the paper: what
+    comes after it was seldom recorded, so seldom imagined well. The true robot may wait for a second one (`EvaluateConfig`).
+    """
 
     eta: float = 0.5  # score above which a frame counts as done (the paper's 0.5)
-    confirm: int = 2  # frames in a row that must count as done (the paper's 1)
+    confirm: int = 1  # frames in a row that must count as done
 
     def confirmed(self, scores: np.ndarray) -> np.ndarray:
         """Scores (..., T), one a chunk -> (..., T): the least of the last `confirm`, 0 before there are as many."""

@@ -381,8 +381,8 @@ def evaluate(config, run, folder, device):
     world, reflector = load_world(config, run, device)
     policies, sizes = load_policies(run.folder, device), config.policy
     lines = evaluate_policies(policies, reflector, config.task, config.task_ids, config.evaluate.episodes, folder,
-                              sizes.image_size, sizes.chunk_size, config.num_procs, config.virtual.stop, device)
-    results = summarize(lines, config.virtual.stop) | {"imagined": {}}
+                              sizes.image_size, sizes.chunk_size, config.num_procs, config.evaluate.stop, device)
+    results = summarize(lines, config.evaluate.stop) | {"imagined": {}}
     if config.evaluate.imagine:
         starts = ChunkData(load_episodes(folder / "cloned"), sizes.chunk_size, device)
         starts = starts.starts([(k, 0) for k in range(len(starts.tracks))])

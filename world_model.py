@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from encoders import Injection, Latents
 from episodes import MEMORY, Normalizer, StartContext, finger_history, memory_index, to_float, to_uint8
-from geometry import Cameras, action_map, agent_memory, ray_map, turn_between, wrist_memory
+from geometry import Cameras, action_map, agent_memory, opening, ray_map, turn_between, wrist_memory
 from kinematics import (STATE_FEATURES, GraspPredictor, PosePredictor, draw_opening, moved, opening_bin, state_features,
                         surroundings, with_opening)
 from reflector import StopRule
@@ -151,8 +151,8 @@ class WorldModel(nn.Module):
     def grasp_logits(self, images: Tensor, state: Tensor, previous_actions: Tensor, actions: Tensor) -> Tensor:
         """(B, BINS) of the fingers' opening after a chunk; images (B, V, 3, H, W) in [-1, 1] are now."""
         next_pose = self.predict_pose(state, previous_actions, actions)
-        return self.grasp_predictor(*surroundings(images, state, next_pose, previous_actions, actions, self.cameras,
-                                                  self.normalizer))
+        seen = surroundings(images, state, next_pose, previous_actions, actions, self.cameras, self.normalizer)
+        return self.grasp_predictor(*seen, opening(state))
 
     @torch.no_grad()
     def predict_state(self, images: Tensor, state: Tensor, previous_actions: Tensor, actions: Tensor,

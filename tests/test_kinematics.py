@@ -74,7 +74,7 @@ def test_a_grasp_is_learned_from_the_wrist_picture():
     images[holds, 1, :, 12:20, 12:20] += 1
     state, actions = START.expand(B, 8), torch.ones(B, 4, 7)
     target = opening_bin(with_opening(state, 0.04 * holds.float()))
-    inputs = surroundings(images, state, state, actions, actions, CAMERAS, NORMALIZER)
+    inputs = *surroundings(images, state, state, actions, actions, CAMERAS, NORMALIZER), opening(state)
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
     for _ in range(60):
         loss = F.cross_entropy(net(*inputs), target)
@@ -82,3 +82,12 @@ def test_a_grasp_is_learned_from_the_wrist_picture():
         loss.backward()
         optimizer.step()
     assert ((draw_opening(net.eval()(*inputs), torch.full((B,), 0.5)) > 0.02) == holds).all()
+
+
+def test_fingers_can_be_told_to_stay_where_they_are():
+    net, metres = GraspPredictor(4, 32, 8, dropout=0.0).eval(), torch.linspace(0.003, 0.077, 16)
+    torch.nn.init.constant_(net.stay.bias, 50.0)
+    state = with_opening(START.expand(16, 8), metres)
+    images, actions = torch.rand(16, 2, 3, 32, 32) - 1, torch.ones(16, 4, 7)
+    logits = net(*surroundings(images, state, state, actions, actions, CAMERAS, NORMALIZER), opening(state))
+    assert (draw_opening(logits, torch.full((16,), 0.5)) - metres).abs().max() < MAX_OPENING / BINS

@@ -273,7 +273,7 @@ def test_a_stop_is_confirmed_by_the_next_frame_and_a_reset_forgets_the_last():
         def score(self, first, previous, current, instruction, fingers):
             return torch.tensor([next(self.scores)])
 
-    env = VirtualEnv(make_model(), Script(), VirtualEnvConfig(horizon=9), 1)
+    env = VirtualEnv(make_model(), Script(), VirtualEnvConfig(horizon=9, stop=StopRule(confirm=2)), 1)
     env.reset(make_contexts(1))
     ends = [env.step(chunk)[1:3] for chunk in make_actions(1, 4)]
     assert [bool(terminated) for _, terminated in ends] == [False, False, False, True]
