@@ -312,7 +312,7 @@ class VirtualEnvConfig:
     """The virtual environment."""
     horizon: int = 20  # chunks after which an imagined episode is cut off (T_max)
     stop: StopRule = field(default_factory=StopRule)
-    grasp_noise: float = 1.0  # 0: the fingers' most middling opening; 1: drawn from all that may happen
+    grasp_noise: float = 0.0  # 0: the fingers' most middling opening; 1: drawn from all that may happen
     shared_noise: bool = True  # the rollouts of a group get the same noise: it cancels in their advantage
     seed: int = 0  # of the diffusion noise
 
