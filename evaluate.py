@@ -20,7 +20,7 @@ from __future__ import annotations
 import os
 import time
 import zlib
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -157,11 +157,11 @@ def eval_info(rows, suite, stop, videos) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 # The imagined world
 # ---------------------------------------------------------------------------------------------------------------------
-def imagined_success(policy, world, reflector, starts, horizon, rule) -> np.ndarray:
-    """(B,) bool: does the reflector stop the greedy, imagined rollout from each `StartContext` within `horizon`?"""
+def imagined_success(policy, world, reflector, starts, horizon, virtual) -> np.ndarray:
+    """(B,) bool: does the reflector stop the greedy, imagined rollout from each `StartContext` within `horizon` chunks?"""
     mine, stopped = shard(range(len(starts))), np.zeros(0, bool)
     if mine:
-        env = VirtualEnv(world, reflector, VirtualEnvConfig(horizon=horizon, stop=rule, shared_noise=False), len(mine),
+        env = VirtualEnv(world, reflector, replace(virtual, horizon=horizon, shared_noise=False, seed=0), len(mine),
                          first=mine[0], total=len(starts))
         stopped = rollout(policy, env, [starts[i] for i in mine], greedy=True).terminated.cpu().numpy()
     return np.concatenate(gather(stopped))
@@ -234,7 +234,7 @@ def _timed(work):
 # ---------------------------------------------------------------------------------------------------------------------
 # The virtual environment, measured
 # ---------------------------------------------------------------------------------------------------------------------
-def measure_world(arguments, run, trained, suite, task_ids, policy, world, reflector, rule, num_procs, device):
+def measure_world(arguments, run, trained, suite, task_ids, policy, world, reflector, num_procs, device):
     """Play test episodes in the true simulator, imagine them, write and print what `fidelity.measure` finds.
 
     Some are taken up again by the greedy policy, in both worlds, from where RL starts: just before their first grasp.
@@ -243,24 +243,25 @@ def measure_world(arguments, run, trained, suite, task_ids, policy, world, refle
     contexts = [LiberoContext(task, TEST_SEED + i) for task in task_ids for i in range(arguments.episodes)]
     heat = [arguments.temperatures[context.seed % len(arguments.temperatures)] for context in contexts]
     sizes, explored = policy.config, trained["explore"]
+    virtual = VirtualEnvConfig(**trained["virtual"] | {"stop": StopRule(**trained["virtual"]["stop"])})
     env = LiberoVectorEnv(suite, num_procs, sizes.image_size, sizes.chunk_size, linger=explored["linger"],
                           mesh_cell=explored["mesh_cell"], device=device)
     try:
         play(policy, env, contexts, folder, "test", TEST_SEED, heat)
-        test, horizon = load_episodes(folder), trained["virtual"]["horizon"]
+        test = load_episodes(folder)
         mild = [episode for episode in test if episode.temperature <= trained["start"]["hottest"]]
         data = ChunkData(mild, sizes.chunk_size, device, every_offset=False)
         pools = [pool for (kind, _), pool in data.start_pools().items() if kind == "contact"]
         firsts = {k: (k, t) for pool in pools for k, t in reversed(pool)}  # of every episode the first such frame
-        again = [LiberoContext(data.episodes[k].task_id, data.episodes[k].seed, max_steps=horizon * sizes.chunk_size,
+        again = [LiberoContext(data.episodes[k].task_id, data.episodes[k].seed, max_steps=virtual.horizon * sizes.chunk_size,
                                prefix=data.episodes[k].executed[:t * sizes.chunk_size]) for k, t in firsts.values()]
         lines = play(policy, env, again, folder / "closed_loop", "closed loop", TEST_SEED)
     finally:
         env.close()
     library = load_episodes(run / "demonstrate" / "episodes") + load_episodes(run / "explore")
-    stopped = imagined_success(policy, world, reflector, data.starts(list(firsts.values())), horizon, rule)
+    stopped = imagined_success(policy, world, reflector, data.starts(list(firsts.values())), virtual.horizon, virtual)
     closed_loop = stopped, [line["oracle_stop"] for line in lines]
-    measured = measure(world, reflector, policy, test, library, rule, folder, closed_loop)
+    measured = measure(world, reflector, policy, test, library, virtual, folder, closed_loop)
     write_json(folder / "fidelity.json", measured)
     report.fidelity_plots(folder / "fidelity.png", measured)
     text = report.fidelity_report(measured)
@@ -319,8 +320,7 @@ def main(arguments: Arguments):
                            policies["cloned"].config.image_size, num_procs, device)
         print("\n".join(f"{name:45s} {value:10.2f}" for name, value in speeds.items()))
     else:
-        measure_world(arguments, run, trained, suite, task_ids, policies["cloned"], world, reflector,
-                      StopRule(**trained["virtual"]["stop"]), num_procs, device)
+        measure_world(arguments, run, trained, suite, task_ids, policies["cloned"], world, reflector, num_procs, device)
 
 
 def evaluate_runs(arguments, runs, trained, suite, task_ids, num_procs, device):

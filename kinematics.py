@@ -4,11 +4,11 @@ World-Env (section 3.2) takes the next robot state from kinematics. That is enou
 command, and a learned correction for a controller that lags behind, are right to a millimetre or two in free air. It is
 not enough for the fingers. Whether they close on an object or on air depends on what the pictures show, and all that is
 imagined later hangs on it. So their opening is read off the surroundings of the hand, as a categorical distribution,
-because the mean of two outcomes is neither:
+because the mean of two outcomes is neither. Fingers that hold something are told to go on holding it (`stay`):
 
     wrist picture, now and warped to the next pose ──┐
-    agent view around the hand, now and next ────────┼─► small conv net ─► P(opening), 4 mm a bin
-    both action chunks, height, turn, fingers ───────┘
+    agent view around the hand, now and next ────────┼─► small conv net ─┬─► P(opening), 4 mm a bin
+    both action chunks, height, turn, fingers ───────┴─► stay ───────────┘
 
 Given the true opening alone, the simulator's false successes fell from 11 of 14 to 4 (ABLATIONS.md): pictures that
 follow the fingers are easy, it is the mean of "holds it" and "holds nothing" that imagines every grasp a good one.

@@ -260,7 +260,7 @@ def reflect(config, run, folder, device):
         lambda step, metrics: run.log("reflect", step, metrics))
     if rank():
         return
-    worlds = {"true": held_out, "imagined": imagine_episodes(world, None, held_out, seed=1)[0]}
+    worlds = {"true": held_out, "imagined": imagine_episodes(world, None, held_out, seed=1, virtual=config.virtual)[0]}
     everything = held_out + imagine_episodes(world, None, held_out, seed=1, true_states=True)[0]
     labels = torch.cat([torch.from_numpy(episode.chunks(L).success).float() for episode in everything])
     calibrate(reflector, torch.cat(frame_logits(reflector, everything, L)).cpu(), labels)
@@ -332,7 +332,7 @@ def check(config, run, policy, folder, device) -> dict:
         env.close()
     data = ChunkData(load_episodes(folder), config.policy.chunk_size, device)
     starts, horizon = data.starts([(k, 0) for k in range(len(data.tracks))]), step_limit(config.task) // data.chunk_size
-    imagined = imagined_success(policy, *load_world(config, run, device), starts, horizon, config.virtual.stop)
+    imagined = imagined_success(policy, *load_world(config, run, device), starts, horizon, config.virtual)
     return {"true_success": sum(line["oracle_stop"] for line in lines) / len(lines), "imagined_success": imagined.mean()}
 
 
@@ -389,7 +389,7 @@ def evaluate(config, run, folder, device):
         horizon = step_limit(config.task) // sizes.chunk_size
         for name, policy in tqdm(policies.items(), desc="evaluate in imagination", unit="policy"):
             results["imagined"][name] = proportion(imagined_success(policy, world, reflector, starts, horizon,
-                                                                    config.virtual.stop))
+                                                                    config.virtual))
     if rank():
         return
     (folder / "videos").mkdir(exist_ok=True)
