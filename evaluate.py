@@ -338,7 +338,8 @@ def evaluate_runs(arguments, runs, trained, suite, task_ids, num_procs, device):
         reflector = None
         if arguments.stop != "oracle":
             reflector = load_model(Reflector, run / "reflect", device)
-        sizes, rule = next(iter(policies.values())).config, StopRule(**config["evaluate"]["stop"])
+        sizes = next(iter(policies.values())).config
+        rule = StopRule(**config["evaluate"].get("stop", config["virtual"]["stop"]))  # older runs had one rule for both worlds
         folder = output if len(runs) == 1 else output / name if arguments.output_dir else run / base
         locks += [Run(folder)] if folder != output else []
         lines[name] = evaluate_policies(policies, reflector, suite, task_ids, arguments.episodes, folder, sizes.image_size,
