@@ -339,7 +339,7 @@ def evaluate_runs(arguments, runs, trained, suite, task_ids, num_procs, device):
         if arguments.stop != "oracle":
             reflector = load_model(Reflector, run / "reflect", device)
         sizes = next(iter(policies.values())).config
-        rule = StopRule(**config["evaluate"].get("stop", config["virtual"]["stop"]))  # older runs had one rule for both worlds
+        rule = StopRule(**config["evaluate"].get("stop", config["virtual"]["stop"]))  # older runs have but one
         folder = output if len(runs) == 1 else output / name if arguments.output_dir else run / base
         locks += [Run(folder)] if folder != output else []
         lines[name] = evaluate_policies(policies, reflector, suite, task_ids, arguments.episodes, folder, sizes.image_size,
