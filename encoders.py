@@ -18,6 +18,7 @@ Try it: python -m pytest tests/test_encoders.py
 """
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,9 +26,11 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from runs import UserError
+from runs import UserError, check_memory, size_of
 
 
 class GridEncoder(nn.Module):
@@ -115,6 +118,9 @@ class ImageTextModel:
     def __init__(self, name: str, flag: str, dtype=torch.float32):
         try:
             self.processor = AutoProcessor.from_pretrained(name)
+            with torch.device("meta"):  # its shapes alone
+                shapes = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name), dtype=dtype)
+            check_memory(size_of(shapes), torch.device("cpu"), f"to read {name}", "take a smaller model or a larger machine")
             self.model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).eval()
         except (OSError, ValueError, ImportError) as error:
             reason = str(error).strip().split("\n")[0]
@@ -127,7 +133,7 @@ class ImageTextModel:
         files = [[Image.fromarray(x.permute(1, 2, 0).cpu().numpy()) for x in row] for row in pictures]
         text = [self.prompt(question, pictures.shape[1]) for question in questions]
         inputs = self.processor(images=files, text=text, padding=True, return_tensors="pt").to(device, dtype)
-        hidden = self.model(**inputs, output_hidden_states=True).hidden_states[-1]  # (N, tokens, width)
+        hidden = self.model(**inputs, use_cache=False, output_hidden_states=True).hidden_states[-1]  # (N, tokens, width)
         mask = inputs["attention_mask"]  # padding may be on either side
         last = (mask * torch.arange(mask.shape[1], device=device)).argmax(dim=1)
         return hidden[torch.arange(len(last), device=device), last].float()
@@ -138,6 +144,15 @@ class ImageTextModel:
             return " ".join([self.processor.image_token] * pictures + [question])
         content = [{"type": "image"}] * pictures + [{"type": "text", "text": question}]
         return self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+
+def recompute_layers(model: nn.Module):
+    """Gradient checkpointing of a transformers model: the backward pass works each layer out again from its input, so that
+    the inputs are all that is kept. Whether or not it trains: PPO scores in eval mode, where transformers' own does nothing.
+    """
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 class Injection(nn.Module):

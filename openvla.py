@@ -13,8 +13,8 @@ ours is trained on the demonstrations, the rest frozen, or along with a fine-tun
 Departures from OpenVLA-OFT, and limits:
  1. Both heads compute in float32 (OFT: bfloat16 like the rest): at b = 0.03 the rounding would matter.
  2. OFT draws pictures of 256 pixels. Ours have `image_size`, one setting for the policy, the world simulator and the
-    reflector: 64 by default. Scaled up here they are blurred, which the policy was never trained on. `--policy.image_size
-    256` gives it OFT's frames; the world simulator then paints as large ones, which takes `--reflector.image_size 256`.
+    reflector: 64 by default. Scaled up here they are blurred, which the policy was never trained on. `--preset large`
+    gives it OFT's frames.
  3. OFT turns OpenGL's pictures, stored upside down, by 180 degrees: it sees our upright ones mirrored.
  4. JPEG is PIL's (TensorFlow's differs by 1 grey level in the mean), and pictures under 224 pixels go without.
  5. LoRA changes the language model alone (OFT's: towers and projector too), so nothing before it needs a gradient. It is
@@ -43,10 +43,11 @@ from transformers import (Dinov2WithRegistersConfig, Dinov2WithRegistersModel, L
                           SiglipVisionModel)
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from encoders import recompute_layers
 from episodes import Normalizer
 from policy import MLPResNet, Policy, PolicyConfig
 from ppo import add_lora, lora_rank
-from runs import UserError, find_model, load_weights, read_json, save_model
+from runs import UserError, check_memory, find_model, load_weights, read_json, save_model, size_of
 from vlm_policy import VLMPolicy
 
 MODEL_TYPE = "world_env_openvla"
@@ -125,6 +126,8 @@ class OpenVLAPolicy(nn.Module):
                 nn.Linear(seen, 4 * seen), nn.GELU(), nn.Linear(4 * seen, D), nn.GELU(), nn.Linear(D, D))
             self.proprio_projector = nn.Sequential(nn.Linear(config.state_dim, D), nn.GELU(), nn.Linear(D, D))
             self.backbone = LlamaModel(llama)
+            if config.gradient_checkpointing:
+                recompute_layers(self.backbone)
             self.to(self.dtype)
             self.action_head = MLPResNet(*head)
         # What no checkpoint holds. Rotary frequencies stay in float32: never cast this module to another dtype.
@@ -369,23 +372,3 @@ def read_tokenizer(folder):
     if None in (tokenizer.token_to_id("▁"), tokenizer.token_to_id("</s>")) or not tokenizer.encode("").ids:
         raise UserError(f"{folder}/tokenizer.json is not Llama's: it lacks '▁' or '</s>', or does not begin with BOS")
     return tokenizer
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory (openvla_memory.py counts what training takes)
-# ---------------------------------------------------------------------------------------------------------------------
-def size_of(module) -> int:
-    """Bytes of its parameters."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-
-
-def check_memory(needed, device, what, remedy):
-    """UserError if `device` has less free memory than `needed` bytes."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-    if needed > free:
-        raise UserError(f"{needed / 1e9:.1f} GB of memory are needed {what}, {free / 1e9:.1f} GB are free on {device}: "
-                        f"{remedy}")

@@ -17,13 +17,13 @@ import torch
 import tyro
 
 from episodes import Normalizer
-from openvla import FULL_SIZE, OpenVLAPolicy, check_memory, size_of
+from openvla import FULL_SIZE, OpenVLAPolicy
 from policy import PolicyConfig
 from ppo import add_lora
-from runs import clear_errors
+from runs import check_memory, clear_errors, size_of
 
 USES = {"inference": "inference", "evaluate": "evaluation, which holds two policies", "scale": "training the scale head",
-        "lora": "RL or fine-tuning by LoRA"}
+        "lora": "RL or fine-tuning by LoRA", "checkpointed": "the same, gradient checkpointing"}
 
 
 @dataclass
@@ -39,15 +39,18 @@ def memory(sizes, batch, rank, dtype="bfloat16") -> dict[str, int]:
     with torch.device("meta"):
         policy = OpenVLAPolicy(PolicyConfig(dtype=dtype), sizes, Normalizer([-1.0] * 7, [1.0] * 7, [-1.0] * 8, [1.0] * 8))
     D, wide = policy.backbone.config.hidden_size, policy.backbone.config.intermediate_size
-
-    def training():  # parameters, their gradients, two moments of Adam
-        return size_of(policy) + 3 * sum(4 * p.numel() for p in policy.parameters() if p.requires_grad)
-
     passing = batch * 604 * (4 * wide + 8 * D) * policy.dtype.itemsize  # one layer at a time, nothing is kept
     counted = {"inference": size_of(policy) + passing, "evaluate": 2 * size_of(policy) + passing,
-               "scale": training() + passing}
+               "scale": trained_size(policy) + passing}
     add_lora(policy, rank)
-    return counted | {"lora": training() + activations(policy, batch)}
+    kept, layers = activations(policy, batch), policy.backbone.config.num_hidden_layers
+    recomputed = kept / layers + layers * batch * 604 * D * policy.dtype.itemsize  # one layer, and the inputs of all
+    return counted | {"lora": trained_size(policy) + kept, "checkpointed": trained_size(policy) + recomputed}
+
+
+def trained_size(policy) -> int:
+    """Bytes of its parameters, of their gradients and of two moments of Adam."""
+    return size_of(policy) + 3 * sum(4 * p.numel() for p in policy.parameters() if p.requires_grad)
 
 
 def activations(policy, batch) -> int:
@@ -69,14 +72,17 @@ def activations(policy, batch) -> int:
 
 
 def check_training(policy, batch, rank, device, flag):
-    """UserError where training with `batch` samples in a forward pass (`flag` sets it) does not fit `device`."""
-    if not isinstance(policy, OpenVLAPolicy):
-        return  # an image-text model of any build: not counted
-    rank = policy.config.lora_rank or rank
-    needed = memory(policy.sizes, batch, rank or 1, policy.config.dtype)["lora" if rank else "scale"]
+    """UserError where training with `batch` samples in a forward pass (`flag` sets it) does not fit `device`.
+
+    Of an image-text model of any build, activations are not counted: it is refused where nothing could help.
+    """
+    rank, needed = policy.config.lora_rank or rank, trained_size(policy)
+    if isinstance(policy, OpenVLAPolicy):
+        use = ("checkpointed" if policy.config.gradient_checkpointing else "lora") if rank else "scale"
+        needed = memory(policy.sizes, batch, rank or 1, policy.config.dtype)[use]
     there = size_of(policy) if policy.device.type == device.type else 0
     check_memory(needed - there, device, f"to train with {batch} samples at once",
-                 f"lower {flag}, or take a larger card (python openvla_memory.py)")
+                 f"lower {flag}, add --policy.gradient_checkpointing, or take a larger card (python openvla_memory.py)")
 
 
 def main(arguments: Arguments):

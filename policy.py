@@ -67,6 +67,7 @@ class PolicyConfig:
     statistics: str = ""  # with a backbone: key in its dataset_statistics.json; empty: the suite's
     lora_rank: int = 0  # with a backbone: cloning fine-tunes it by LoRA of this rank (OFT: 32); 0: heads that are new alone
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # with a backbone: of its frozen weights
+    gradient_checkpointing: bool = False  # with a backbone: work layers out again for the gradient, not keep them (LoRA)
 
     @classmethod
     def tiny(cls) -> "PolicyConfig":

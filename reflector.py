@@ -22,14 +22,15 @@ by binary cross-entropy on per-frame success labels. In imagination it pays the 
 
 Departures from the paper
 1. The paper shows the frames to a frozen vision encoder and a frozen language model and trains only the head:
-   `--reflector.backbone PATH` does that with any Hugging Face image-text model. Two cores can't run those, so
-   by default a small convolutional network is trained from scratch in their place.
+   `--reflector.backbone PATH` does that with any Hugging Face image-text model, which reads every training frame once.
+   Two cores can't run those, so by default a small convolutional network is trained from scratch in their place.
 2. h_t sees three frames of the prefix (first, previous, current): what the scene looked like, what just
    moved, what is there now. How many frames the paper's VLM sees isn't published.
 3. The instruction is a mean of word vectors: word order is lost, but LIBERO's tasks stay apart.
-4. Shift and brightness augmentation, because five demonstrations a task are few. The paper names none.
-5. An episode ends when two frames in a row score above eta (the paper: one). A single one came a chunk too early
-   in every lost episode: the object in the basket and still in the hand.
+4. Shift and brightness augmentation (not with a backbone), because five demonstrations a task are few. The paper names
+   none.
+5. The true robot stops when two frames in a row score above eta (in imagination, as in the paper, one). A single one came
+   a chunk too early in every lost episode: the object in the basket and still in the hand.
 6. It is told how far the fingers were apart (`fingers`), which any robot knows: fingers that met have nothing to let
    go of. On imagined pictures it could not see that, and paid for empty hands (ABLATIONS.md).
 A policy can cheat a reward model where it stops falsely, so `reflector_metrics` reports `false_stop_rate`.
@@ -41,9 +42,11 @@ Try it:  python -m pytest tests/test_reflector.py
 """
 from __future__ import annotations
 
+import hashlib
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -61,6 +64,7 @@ class ReflectorConfig:
     """The reflector: network sizes, and what its training does to the frames."""
 
     backbone: str = ""  # folder or hub name of an image-text model to freeze and read; empty: a network of ours
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the backbone
     image_size: int = 64  # height and width of a frame in pixels, a multiple of 8
     views: int = 2  # cameras: agent view, wrist
     channels: int = 48  # convolution channels at 16x16; twice as many at 8x8
@@ -145,25 +149,32 @@ class FrameEncoder(nn.Module):
 
 
 class VLMEncoder(nn.Module):
-    """The same (N, D) from a frozen image-text model.
+    """The same (N, D) from a frozen image-text model, which in training reads what it has read before only once.
 
     The model is kept out of `parameters` and `state_dict`: checkpoints hold what was trained, and its name.
     """
 
     def __init__(self, config: ReflectorConfig):
         super().__init__()
-        self.vlm = ImageTextModel(config.backbone, "--reflector.backbone")
+        self.vlm = ImageTextModel(config.backbone, "--reflector.backbone", getattr(torch, config.dtype))
         self.vlm.model.requires_grad_(False)
+        self.read = {}  # what it made of training frames: {digest of frames and question: (width,)}
         self.out = nn.Linear(self.vlm.width, config.width)
 
     def forward(self, first: Tensor, previous: Tensor, current: Tensor, instruction: list[str]) -> Tensor:
-        self.vlm.model.to(self.out.weight.device)
+        device = self.vlm.model.to(self.out.weight.device).device
         frames = torch.stack([first, previous, current], dim=1).flatten(1, 2)  # (N, 3*V, 3, H, W)
         questions = [f"The first, the previous and the current view of a robot. Is the task done: {words}?"
                      for words in instruction]
-        with torch.no_grad():
-            hidden = self.vlm.hidden(frames, questions)
-        return self.out(hidden)
+        keys = [hashlib.sha1(pictures.tobytes() + question.encode()).digest()
+                for pictures, question in zip(frames.cpu().numpy(), questions)]
+        read = self.read if self.training else {}  # in imagination no frame comes twice
+        new = [i for i, key in enumerate(keys) if key not in read]
+        if new:
+            with torch.no_grad():
+                hidden = self.vlm.hidden(frames[new], [questions[i] for i in new]).cpu()
+            read.update(zip((keys[i] for i in new), hidden))
+        return self.out(torch.stack([read[key] for key in keys]).to(device))
 
 
 class Reflector(nn.Module):
@@ -226,6 +237,8 @@ class Reflector(nn.Module):
 
 def augment(frames: Tensor, config: ReflectorConfig, generator: torch.Generator) -> Tensor:
     """Shift each view and change its brightness, the same way at all times. uint8 -> uint8."""
+    if config.backbone:
+        return frames  # a frozen model reads every frame once
     B, T, V, C, H, W = frames.shape
     device = frames.device
     uniform = 2 * torch.rand(3, B, V, generator=generator, device=generator.device).to(device) - 1

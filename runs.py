@@ -387,3 +387,23 @@ def in_processes(function, arguments, num_procs, name, unit):
         futures = [pool.submit(function, *values) for values in arguments]
         for future in tqdm(as_completed(futures), total=len(futures), desc=name, unit=unit):
             future.result()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+# ---------------------------------------------------------------------------------------------------------------------
+def size_of(module) -> int:
+    """Bytes of its parameters."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+
+
+def check_memory(needed, device, what, remedy):
+    """UserError if `device` has less free memory than `needed` bytes."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    if needed > free:
+        raise UserError(f"{needed / 1e9:.1f} GB of memory are needed {what}, {free / 1e9:.1f} GB are free on {device}: "
+                        f"{remedy}")

@@ -297,10 +297,10 @@ def imagine(config, run, folder, device):
         data = CloneData(demonstrations(run) + successes, policy.normalizer, config.policy.chunk_size, device)
         fit_clone("imagine", policy, data, config, run, folder, device)
         return policy.save_pretrained(folder)
-    if config.policy.backbone:
-        check_training(policy, config.ppo.microbatch, config.ppo.lora_rank, device, "--ppo.microbatch")
     if config.ppo.lora_rank:
         add_lora(policy, config.ppo.lora_rank)
+    if config.policy.backbone:
+        check_training(policy, config.ppo.microbatch, config.ppo.lora_rank, device, "--ppo.microbatch")
     optimizer = make_optimizer(policy, config.ppo)
     first = load_resume(folder, policy, optimizer)
     env, draw_contexts = virtual_world(config, run, device) if config.rl_env == "virtual" else true_world(config, device)

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from encoders import ImageTextModel
+from encoders import ImageTextModel, recompute_layers
 from episodes import Normalizer, to_uint8
 from policy import MLPResNet, Policy, PolicyConfig
 from ppo import add_lora, lora_rank
@@ -39,6 +39,8 @@ class VLMPolicy(nn.Module):
         self.config, self.normalizer = replace(config, backbone=name), normalizer
         self.reader = ImageTextModel(name, "--policy.backbone", getattr(torch, config.dtype))
         self.backbone = self.reader.model
+        if config.gradient_checkpointing:
+            recompute_layers(self.backbone)
         sizes = self.reader.width + config.state_dim, 4 * config.width, config.chunk_size * config.action_dim
         chunk = nn.Unflatten(1, (config.chunk_size, config.action_dim))
         self.action_head, self.scale_head = (nn.Sequential(MLPResNet(*sizes), chunk) for _ in range(2))

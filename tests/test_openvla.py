@@ -12,12 +12,12 @@ from torch import nn
 
 import openvla
 import runs
-from openvla import FULL_SIZE, OpenVLAPolicy, assign_keys, check_memory, is_unused, load_policy, pixel_values, size_of
+from openvla import FULL_SIZE, OpenVLAPolicy, assign_keys, is_unused, load_policy, pixel_values
 from openvla_memory import memory
 from openvla_tiny import DATA, FULL, GOLDEN, TINY, fill, hash01, key_shapes, write_checkpoint
 from policy import Policy, PolicyConfig, clone_loss
 from ppo import LoRA, PPOConfig, Rollout, add_lora, make_optimizer, update
-from runs import FitConfig, UserError, fit, load_resume, save_resume
+from runs import FitConfig, UserError, check_memory, fit, load_resume, save_resume, size_of
 
 torch.set_num_threads(1)
 SOUP, LONGER = "pick up the alphabet soup and place it in the basket", "put the soup in the basket and the alphabet up to it"
@@ -323,6 +323,7 @@ def test_too_little_memory_says_how_much_and_which_flag(checkpoint, monkeypatch)
 def test_memory_of_the_full_size_is_what_its_authors_report():
     need = {use: value / 1e9 for use, value in memory(FULL_SIZE, 8, 32).items()}
     assert 15.4 < need["inference"] < 17 and need["evaluate"] > 31 and 58 < need["lora"] < 66
+    assert 20 < need["checkpointed"] < 25, "weights, LoRA, 32 inputs and one layer"
     assert need["scale"] - need["inference"] == pytest.approx(3 * 4 * 0.151118, abs=1e-3), "a gradient, two moments"
 
 
@@ -410,6 +411,18 @@ def test_ppo_updates_lora_and_the_heads_alone(checkpoint, dtype):
     assert all(name.startswith(("action_head.", "scale_head.")) or name.endswith((".a", ".b")) for name in changed)
     assert sum(name.endswith(".b") for name in changed) == 7 * 2
     assert {p.requires_grad for p in policy.dino.parameters()} == {False}
+
+
+def test_gradient_checkpointing_keeps_less_and_learns_the_same(checkpoint):
+    def gradients(**changes):
+        policy, kept = make_policy(checkpoint, lora_rank=2, augment=False, **changes).eval(), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+            loss, _ = clone_loss(policy, make_batch(policy), torch.Generator())
+        loss.backward()
+        return {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}, sum(kept)
+    (plain, much), (recomputed, little) = gradients(), gradients(gradient_checkpointing=True)
+    torch.testing.assert_close(recomputed, plain)
+    assert any(name.endswith(".b") and grad.any() for name, grad in plain.items()) and little < much / 2
 
 
 def shaken(policy):

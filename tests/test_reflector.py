@@ -189,7 +189,7 @@ def test_calibration_finds_the_slope_and_shift_that_the_labels_have():
 
 @pytest.mark.parametrize("kind", ["llava", "idefics3"])
 def test_any_image_text_model_is_read_frozen_and_only_what_was_trained_is_saved(kind, tmp_path):
-    model, batch = tiny(backbone=tiny_vlm(tmp_path / "vlm", kind)), clips(count=4, T=3)
+    model, batch = tiny(backbone=tiny_vlm(tmp_path / "vlm", kind), dtype="float32"), clips(count=4, T=3)
     frames, texts, fingers = batch["frames"], batch["instruction"], batch["fingers"]
     before = {name: value.clone() for name, value in model.encoder.vlm.model.state_dict().items()}
     loss, _ = reflector_loss(model, batch, torch.Generator().manual_seed(0))
@@ -205,6 +205,20 @@ def test_any_image_text_model_is_read_frozen_and_only_what_was_trained_is_saved(
     model.save_pretrained(tmp_path / "reflector")
     assert not any("vlm" in name or "vision" in name for name in model.state_dict())
     assert torch.equal(Reflector.from_pretrained(tmp_path / "reflector")(frames, texts, fingers), scores)
+
+
+def test_in_training_the_backbone_reads_every_frame_once(tmp_path):
+    model, batch, read = tiny(backbone=tiny_vlm(tmp_path, "llava"), dtype="float32"), clips(count=4, T=3), []
+    hidden = model.encoder.vlm.hidden
+    model.encoder.vlm.hidden = lambda frames, questions: read.append(len(frames)) or hidden(frames, questions)
+    losses = [reflector_loss(model.train(), batch, torch.Generator().manual_seed(step))[0] for step in range(3)]
+    assert read == [batch["valid"].sum()] and losses[0] == losses[1] == losses[2]
+    others = clips(count=4, seed=1, T=3)
+    both = {key: torch.cat([value, others[key]]) if torch.is_tensor(value) else value + others[key] for key, value in batch.items()}
+    reflector_loss(model, both, torch.Generator())
+    assert read[1:] == [others["valid"].sum()]
+    model.eval()(batch["frames"], batch["instruction"], batch["fingers"])
+    assert read[2:] == [12], "in imagination no frame comes twice, so none is kept"
 
 
 def test_a_backbone_that_is_none_is_one_clear_line(tmp_path):

@@ -3,6 +3,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import encoders
+import openvla_memory
 from openvla import OpenVLAPolicy, load_policy, pretrained_policy
 from openvla_tiny import write_checkpoint
 from policy import PolicyConfig, clone_loss
@@ -71,6 +73,31 @@ def test_cloning_learns_by_the_heads_alone_or_by_lora_as_well(policy, rank, tmp_
     loaded = load_policy(tmp_path / "saved", CPU)
     assert isinstance(loaded, VLMPolicy)
     assert torch.equal(loaded(data).loc, policy(data).loc) and torch.equal(loaded(data).log_scale, policy(data).log_scale)
+
+
+def test_gradient_checkpointing_learns_the_same(policy):
+    add_lora(policy, 2)
+
+    def gradients():
+        policy.zero_grad()
+        clone_loss(policy, batch(), torch.Generator())[0].backward()
+        return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+    plain, calls = gradients(), []
+    encoders.recompute_layers(policy.backbone)
+    next(layer for layer in policy.backbone.modules() if isinstance(layer, LoRA)).register_forward_hook(
+        lambda *_: calls.append(1))
+    torch.testing.assert_close(gradients(), plain)
+    assert len(calls) == 2, "once forward, once again for the gradient"
+
+
+def test_too_little_memory_to_read_it_or_to_train_it_is_one_clear_line(policy, monkeypatch):
+    openvla_memory.check_training(policy, 4, 0, CPU, "--ppo.microbatch")
+    monkeypatch.setattr(openvla_memory, "trained_size", lambda module: 8e15)
+    with pytest.raises(UserError, match="8000000.0 GB .* to train with 4 samples at once, .*: lower --ppo.microbatch, add --pol"):
+        openvla_memory.check_training(policy, 4, 0, CPU, "--ppo.microbatch")
+    monkeypatch.setattr(encoders, "size_of", lambda module: 9e15)
+    with pytest.raises(UserError, match="9000000.0 GB of memory are needed to read"):
+        VLMPolicy(policy.config, NORMALIZER)
 
 
 def test_in_bfloat16_the_heads_stay_exact(tmp_path):
