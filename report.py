@@ -182,9 +182,11 @@ def _fidelity_table(metrics) -> str:
 def fidelity_plots(path, measured: dict) -> None:
     """PSNR, SSIM and feature distance by horizon in both views, and outcome rates with their intervals, as a PNG."""
     figure = Figure(figsize=(14, 7), layout="constrained")
-    grid = figure.subplots(2, 4)
-    for row, view in zip(grid, ("agentview", "wrist")):
-        for axes, unit in zip(row, ("psnr", "ssim", "feature")):
+    units, views = ("psnr", "ssim", "feature"), ("agentview", "wrist")
+    grid = figure.subplot_mosaic([[f"{view} {unit}" for unit in units] + ["verdicts"] for view in views])
+    for view in views:
+        for unit in units:
+            axes = grid[f"{view} {unit}"]
             for kind, label in KINDS.items():
                 points = sorted((int(match[1]), value) for key, value in measured["horizon"].items()
                                 if (match := re.fullmatch(rf"{unit}_{view}_(\d+)_{kind}", key)))
@@ -193,15 +195,15 @@ def fidelity_plots(path, measured: dict) -> None:
             axes.set_title(f"{view}: {UNITS[unit]}", fontsize=11)
             axes.set_xlabel("chunks", fontsize=9)
             axes.grid(alpha=0.25)
-    grid[1, 0].legend(frameon=False, fontsize=8)
-    for axes, (world, cells) in zip(grid[:, 3], measured["outcome"].items()):
-        for place, (name, cell) in enumerate(cells.items()):
-            low, high = cell["ci95"]
-            axes.plot([low, high], [-place, -place], color="black", linewidth=1)
-            axes.plot([cell["rate"] or 0], [-place], marker="o", color="black")
-        axes.set(yticks=[-n for n in range(len(cells))], yticklabels=[name.replace("_", " ") for name in cells], xlim=(0, 1))
-        axes.set_title(f"verdict, {world}", fontsize=11)
-    for axes in grid.flat:
+    grid["wrist psnr"].legend(frameon=False, fontsize=8)
+    axes, cells = grid["verdicts"], [(f"{world}\n{name.replace('_', ' ')}", cell)
+                                     for world, rates in measured["outcome"].items() for name, cell in rates.items()]
+    for place, (_, cell) in enumerate(cells):
+        axes.plot(cell["ci95"], [-place, -place], color="black", linewidth=1)
+        axes.plot([cell["rate"] or 0], [-place], marker="o", color="black")
+    axes.set(yticks=[-n for n in range(len(cells))], yticklabels=[name for name, _ in cells], xlim=(0, 1))
+    axes.set_title("verdicts", fontsize=11)
+    for axes in grid.values():
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
 
