@@ -19,7 +19,9 @@ Departures from OpenVLA-OFT, and limits:
  4. JPEG is PIL's (TensorFlow's differs by 1 grey level in the mean), and pictures under 224 pixels go without.
  5. LoRA changes the language model alone (OFT's: towers and projector too), so nothing before it needs a gradient. It is
     `ppo.LoRA`, not PEFT: the same formula without another package.
- 6. Saved is what was trained and the checkpoint's name, 0.6 to 1.5 GB; the 15 GB that are frozen stay where they are.
+ 6. Prompt and pictures take no gradient, but every pass computes them anew: a tenth of its arithmetic, where keeping the
+    tokens of a chunk would take 4 MB.
+ 7. Saved is what was trained and the checkpoint's name, 0.6 to 1.5 GB; the 15 GB that are frozen stay where they are.
 
 Shapes: B batch, V views, L action-chunk length, A action dimensions, D width, P tokens of a prompt, H, W image.
 

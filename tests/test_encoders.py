@@ -7,28 +7,8 @@ from diffusers import AutoencoderKL
 from encoders import GridEncoder, Injection, Latents, PretrainedEncoder
 from runs import UserError
 from test_world_model import CAMERAS, NORMALIZER, TINY, VirtualEnv, VirtualEnvConfig, make_actions, make_contexts, play, toy_batch
+from vlm_tiny import tiny_encoder, tiny_vae
 from world_model import WorldModel, world_model_loss
-
-SIZES = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-
-
-def tiny_encoder(folder, kind):
-    torch.manual_seed(0)
-    vision = dict(image_size=32, patch_size=8, **SIZES)
-    if kind == "dinov2":
-        model = transformers.Dinov2Model(transformers.Dinov2Config(**vision))
-        processor = transformers.BitImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32})
-    elif kind == "clip":
-        text = dict(vocab_size=64, max_position_embeddings=8, **SIZES)
-        model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
-        processor = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    else:
-        text = dict(vocab_size=64, max_position_embeddings=8, **SIZES)
-        model = transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision))
-        processor = transformers.SiglipImageProcessor(size={"height": 32, "width": 32})
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.mark.parametrize("kind", ["dinov2", "clip", "siglip"])
@@ -85,16 +65,8 @@ def test_the_simulator_attends_to_them_and_is_saved_without_the_frozen_ones(kind
     assert not torch.equal(one, play(VirtualEnv(model, None, VirtualEnvConfig(), 2), contexts, actions))
 
 
-def tiny_vae(folder):
-    torch.manual_seed(0)
-    vae = AutoencoderKL(block_out_channels=(8, 8), down_block_types=["DownEncoderBlock2D"] * 2, latent_channels=4,
-                        up_block_types=["UpDecoderBlock2D"] * 2, norm_num_groups=4, scaling_factor=0.5, shift_factor=0.1)
-    vae.save_pretrained(folder)
-    return vae.eval()
-
-
 def test_latents_are_those_of_the_vae_whether_it_lies_alone_or_in_a_pipeline(tmp_path):
-    vae = tiny_vae(tmp_path / "vae")
+    vae = AutoencoderKL.from_pretrained(tiny_vae(tmp_path / "vae")).eval()
     images = torch.rand(2, 6, 16, 16) * 2 - 1  # two pictures a sample
     for name in (tmp_path, tmp_path / "vae"):
         latents = Latents(str(name))

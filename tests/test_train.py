@@ -21,7 +21,7 @@ from openvla_tiny import write_checkpoint
 from config import TrainConfig
 from playing import grasp_retries
 from runs import clear_errors
-from vlm_tiny import tiny_vlm
+from vlm_tiny import tiny_encoder, tiny_vae, tiny_vlm
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--preset", "tiny", "--device", "cpu"]
@@ -193,16 +193,30 @@ def test_only_training_episodes_that_grasp_are_taken_up_again_and_just_before_it
     assert len({len(context.prefix) for context in contexts}) == 2
 
 
-@pytest.mark.parametrize("write, new", [(write_checkpoint, ("scale_head.",)),
-                                        (lambda path: tiny_vlm(path, "idefics3"), ("scale_head.", "action_head."))])
-def test_a_pretrained_policy_is_cloned_and_post_trained_by_the_same_stages(finished, tmp_path, write, new):
-    checkpoint, folder = write(tmp_path / "checkpoint"), copy_of(finished, tmp_path, ["clone", "imagine", "evaluate"])
-    process = run("train.py", *TINY, "--stages", "clone", "imagine", "--policy.backbone", checkpoint, "--ppo.lora_rank", 2,
-                  "--clone.steps", 2, "--clone.batch_size", 2, "--ppo.iterations", 1, "--ppo.groups", 1, "--ppo.group_size", 2,
-                  "--output_dir", folder)
+FEW = ["--clone.steps", 2, "--clone.batch_size", 2, "--ppo.iterations", 1, "--ppo.groups", 1, "--ppo.group_size", 2]
+
+
+def test_every_stage_runs_on_pretrained_models(finished, tmp_path):
+    """An OpenVLA-OFT checkpoint as policy, an encoder and a VAE for the simulator, an image-text model as reflector."""
+    folder = copy_of(finished, tmp_path, ["clone", "explore", "simulate", "reflect", "imagine", "evaluate"])
+    process = run("train.py", *TINY, *FEW, "--policy.backbone", write_checkpoint(tmp_path / "openvla"), "--ppo.lora_rank", 2,
+                  "--policy.gradient_checkpointing", "--world_model.vae", tiny_vae(tmp_path / "vae"), "--world_model.patch", 1,
+                  "--world_model.encoders", tiny_encoder(tmp_path / "dino", "dinov2"), "--reflector.backbone",
+                  tiny_vlm(tmp_path / "vlm", "llava"), "--simulate.steps", 2, "--drift.steps", 2, "--reflect.steps", 2,
+                  "--explore.episodes", 2, "--explore.retries", 0, "--trust_world", "--evaluate.videos", 0, "--output_dir", folder)
     assert process.returncode == 0, process.stderr
     start, end = (load_file(folder / stage / "model.safetensors") for stage in ("clone", "imagine"))
-    assert all(name.startswith(new) for name in start) and any(name.endswith("q_proj.b") for name in end)
+    assert all(name.startswith("scale_head.") for name in start) and any(name.endswith("q_proj.b") for name in end)
+    assert json.loads((folder / "results.json").read_text())["imagined"]["post_trained"]["episodes"] == 2
+
+
+def test_an_image_text_model_is_cloned_and_post_trained_as_the_policy(finished, tmp_path):
+    folder = copy_of(finished, tmp_path, ["clone", "imagine", "evaluate"])
+    process = run("train.py", *TINY, *FEW, "--stages", "clone", "imagine", "--policy.backbone",
+                  tiny_vlm(tmp_path / "vlm", "idefics3"), "--ppo.lora_rank", 2, "--output_dir", folder)
+    assert process.returncode == 0, process.stderr
+    start, end = (load_file(folder / stage / "model.safetensors") for stage in ("clone", "imagine"))
+    assert all(name.startswith(("scale_head.", "action_head.")) for name in start) and any(name.endswith("q_proj.b") for name in end)
 
 
 def test_both_worlds_are_looked_at_between_rl_iterations(finished, tmp_path):
