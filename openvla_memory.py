@@ -24,6 +24,7 @@ from runs import check_memory, clear_errors, size_of
 
 USES = {"inference": "inference", "evaluate": "evaluation, which holds two policies", "scale": "training the scale head",
         "lora": "RL or fine-tuning by LoRA", "checkpointed": "the same, gradient checkpointing"}
+TOKENS = 604  # of a sample: two views, state, a prompt, the slots
 
 
 @dataclass
@@ -39,12 +40,12 @@ def memory(sizes, batch, rank, dtype="bfloat16") -> dict[str, int]:
     with torch.device("meta"):
         policy = OpenVLAPolicy(PolicyConfig(dtype=dtype), sizes, Normalizer([-1.0] * 7, [1.0] * 7, [-1.0] * 8, [1.0] * 8))
     D, wide = policy.backbone.config.hidden_size, policy.backbone.config.intermediate_size
-    passing = batch * 604 * (4 * wide + 8 * D) * policy.dtype.itemsize  # one layer at a time, nothing is kept
+    passing = batch * TOKENS * (4 * wide + 8 * D) * policy.dtype.itemsize  # one layer at a time, nothing is kept
     counted = {"inference": size_of(policy) + passing, "evaluate": 2 * size_of(policy) + passing,
                "scale": trained_size(policy) + passing}
     add_lora(policy, rank)
     kept, layers = activations(policy, batch), policy.backbone.config.num_hidden_layers
-    recomputed = kept / layers + layers * batch * 604 * D * policy.dtype.itemsize  # one layer, and the inputs of all
+    recomputed = kept / layers + layers * batch * TOKENS * D * policy.dtype.itemsize  # one layer, and the inputs of all
     return counted | {"lora": trained_size(policy) + kept, "checkpointed": trained_size(policy) + recomputed}
 
 

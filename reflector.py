@@ -162,19 +162,23 @@ class VLMEncoder(nn.Module):
         self.out = nn.Linear(self.vlm.width, config.width)
 
     def forward(self, first: Tensor, previous: Tensor, current: Tensor, instruction: list[str]) -> Tensor:
-        device = self.vlm.model.to(self.out.weight.device).device
+        self.vlm.model.to(self.out.weight.device)
         frames = torch.stack([first, previous, current], dim=1).flatten(1, 2)  # (N, 3*V, 3, H, W)
         questions = [f"The first, the previous and the current view of a robot. Is the task done: {words}?"
                      for words in instruction]
+        with torch.no_grad():  # in imagination no frame comes twice
+            hidden = self.remembered(frames, questions) if self.training else self.vlm.hidden(frames, questions)
+        return self.out(hidden)
+
+    def remembered(self, frames: Tensor, questions: list[str]) -> Tensor:
+        """The model's (N, width); it reads what is not in `self.read`."""
         keys = [hashlib.sha1(pictures.tobytes() + question.encode()).digest()
                 for pictures, question in zip(frames.cpu().numpy(), questions)]
-        read = self.read if self.training else {}  # in imagination no frame comes twice
-        new = [i for i, key in enumerate(keys) if key not in read]
+        new = [i for i, key in enumerate(keys) if key not in self.read]
         if new:
-            with torch.no_grad():
-                hidden = self.vlm.hidden(frames[new], [questions[i] for i in new]).cpu()
-            read.update(zip((keys[i] for i in new), hidden))
-        return self.out(torch.stack([read[key] for key in keys]).to(device))
+            hidden = self.vlm.hidden(frames[new], [questions[i] for i in new])
+            self.read.update(zip((keys[i] for i in new), hidden.cpu()))
+        return torch.stack([self.read[key] for key in keys]).to(frames.device)
 
 
 class Reflector(nn.Module):
