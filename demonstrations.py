@@ -26,6 +26,7 @@ import numpy as np
 
 from episodes import Episode
 from expert import Expert
+from geometry import Cameras
 from libero_env import NO_OP, RENDER_SIZE, LiberoTask, load_suite, shrink, step_limit
 from runs import UserError, clear_errors
 
@@ -158,6 +159,20 @@ def read_demonstration(demo, task_id, instruction, image_size) -> Episode:
                    actions=actions[kept], success=success[frames], stride=1, task_id=task_id,
                    instruction=instruction, source="demo", seed=int(demo.attrs.get("seed", -1)),
                    executed=executed[kept])
+
+
+def suite_cameras(suite, seed=0) -> Cameras:
+    """Where the cameras of all the suite's tasks are, from one simulator for every kind of scene."""
+    benchmark, scenes, kinds = load_suite(suite), {}, []
+    from libero.libero.envs.bddl_utils import get_problem_info
+    for task_id in range(benchmark.n_tasks):
+        kinds.append(get_problem_info(benchmark.get_task_bddl_file_path(task_id))["problem_name"])
+        if kinds[-1] not in scenes:
+            task = LiberoTask(suite, task_id)
+            task.reset(seed=seed)
+            scenes[kinds[-1]] = task.cameras()
+            task.close()
+    return Cameras.of_tasks([scenes[kind] for kind in kinds])
 
 
 def main():

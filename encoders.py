@@ -120,7 +120,8 @@ class ImageTextModel:
             self.processor = AutoProcessor.from_pretrained(name)
             with torch.device("meta"):  # its shapes alone
                 shapes = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(name), dtype=dtype)
-            check_memory(size_of(shapes), torch.device("cpu"), f"to read {name}", "take a smaller model or a larger machine")
+            check_memory(size_of(shapes), torch.device("cpu"), f"to read {name}",
+                         f"take a smaller model, {flag.replace('backbone', 'dtype')} bfloat16 or a larger machine")
             self.model = AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).eval()
         except (OSError, ValueError, ImportError) as error:
             reason = str(error).strip().split("\n")[0]

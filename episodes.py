@@ -247,7 +247,7 @@ class ChunkData:
         half = self._draw(size // 2, generator, self.grasping or self.index)
         picks = half + self._draw(size - len(half), generator)
         names = ("state", "previous_actions", "actions", "next_state")
-        return dict(zip(names, self.transitions(picks)),
+        return dict(zip(names, self.transitions(picks)), task=self._tasks(picks),
                     images=_stack([self.tracks[k].images[t] for k, t in picks], self.device))
 
     def _draw(self, count, generator, index=None):
@@ -258,20 +258,24 @@ class ChunkData:
         """Frame t + 1 of track k for every (k, t) in `picks`, and what leads to it.
 
         -> memory (B, F, V, 3, H, W) and target (B, V, 3, H, W) uint8, memory_states (B, F, 8), next_state (B, 8),
-        previous_actions and actions (B, L, 7)
+        previous_actions and actions (B, L, 7), task (B,)
         """
         memory = [(self.tracks[k], memory_index(t).numpy()) for k, t in picks]
         _, previous_actions, actions, next_state = self.transitions(picks)
         return {"memory": _stack([track.images[frames] for track, frames in memory], self.device),
                 "memory_states": _stack([track.states[frames] for track, frames in memory], self.device),
                 "target": _stack([self.targets[k].images[t + 1] for k, t in picks], self.device),
-                "next_state": next_state, "previous_actions": previous_actions, "actions": actions}
+                "next_state": next_state, "previous_actions": previous_actions, "actions": actions,
+                "task": self._tasks(picks)}
 
     def transitions(self, picks) -> list[torch.Tensor]:
         """State (B, 8), previous and next chunk (B, L, 7), next state (B, 8) at frame t of track k."""
         tracks = [(self.tracks[k], t) for k, t in picks]
         return [_stack(values, self.device) for values in zip(*(
             (track.states[t], self._previous(track, t), track.actions[t], track.states[t + 1]) for track, t in tracks))]
+
+    def _tasks(self, picks):
+        return torch.tensor([self.episodes[k].task_id for k, _ in picks], device=self.device)
 
     def _previous(self, track, t):
         return track.actions[t - 1] if t else np.zeros((self.chunk_size, 7), np.float32)

@@ -269,7 +269,8 @@ def train_probe(world, episodes, steps=400, size=32, seed=0) -> GripperProbe:
         picks = [data.frames[i] for i in torch.randint(len(data.frames), (size,), generator=generator)]
         images = torch.from_numpy(np.stack([data.tracks[k].images[t, 0] for k, t in picks]))
         states = torch.from_numpy(np.stack([data.tracks[k].states[t] for k, t in picks]))
-        loss = F.smooth_l1_loss(probe(images), gripper_pixels(world.cameras, states, H))
+        cameras = world.cameras.of(torch.tensor([data.episodes[k].task_id for k, _ in picks]))
+        loss = F.smooth_l1_loss(probe(images), gripper_pixels(cameras, states, H))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -283,7 +284,8 @@ def action_following(world, probe, true, imagined, horizons) -> dict:
     for h in horizons:
         pairs = [(a.chunks(world.config.chunk_size), b) for a, b in zip(true, imagined) if len(b.images) > h]
         if pairs:
-            place = gripper_pixels(world.cameras, torch.from_numpy(np.stack([a.states[h] for a, _ in pairs])), H)
+            cameras = world.cameras.of(torch.tensor([b.task_id for _, b in pairs]))
+            place = gripper_pixels(cameras, torch.from_numpy(np.stack([a.states[h] for a, _ in pairs])), H)
             for name, frames in (("true", [a.images[h, 0] for a, _ in pairs]),
                                  ("imagined", [b.images[h, 0] for _, b in pairs])):
                 result[f"gripper_px_{h}_{name}"] = float((probe(torch.from_numpy(np.stack(frames))) - place)
@@ -307,7 +309,8 @@ def violations(world, true, imagined, block=4, change=25, reach=12) -> dict:
         track = a.chunks(world.config.chunk_size)
         moved = [F.avg_pool2d(torch.from_numpy(np.abs(np.diff(images[:, 0].astype(np.float32), axis=0))), block).mean(1)
                  for images in (track.images, b.images)]  # (T, H/4, W/4) each
-        place = gripper_pixels(world.cameras, torch.from_numpy(track.states), H)  # (T+1, 2)
+        cameras = world.cameras.of(torch.full([len(track.states)], a.task_id))
+        place = gripper_pixels(cameras, torch.from_numpy(track.states), H)  # (T+1, 2)
         centre = torch.arange(H // block) * block + block / 2
         grid = torch.cartesian_prod(centre, centre).flip(1)  # (blocks, 2)
         away = (torch.cdist(place, grid) > reach).view(-1, H // block, H // block)

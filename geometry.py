@@ -32,18 +32,42 @@ LINE_WIDTH = 0.025
 
 @dataclass
 class Camera:
-    """A pinhole camera. The wrist camera's pose is in the gripper's frame, any other's in the world's."""
+    """A pinhole camera. The wrist camera's pose is in the gripper's frame, any other's in the world's.
+
+    Pose: lists, of one camera for a whole batch; or tensors, one for each of its rows (`Cameras.of`).
+    """
     fovy: float  # vertical field of view, degrees
-    position: list[float]  # (3,) m
-    rotation: list[list[float]]  # (3, 3), columns = the camera's axes
+    position: list | Tensor  # (3,) or (B, 3) m
+    rotation: list | Tensor  # (3, 3) or (B, 3, 3), columns = the camera's axes
 
 
 @dataclass
 class Cameras:
-    """All that the world model knows about the scene beforehand."""
+    """All that the world model knows about the scene beforehand.
+
+    Tasks may have scenes of their own (`libero_10` has three): then agentview's pose and plane_z are lists by task.
+    """
     agentview: Camera
     wrist: Camera
-    plane_z: float  # m, height of the support plane (table or floor)
+    plane_z: float | list | Tensor  # m, height of the support plane (table or floor); as a tensor (B,)
+
+    @classmethod
+    def of_tasks(cls, scenes: list[Cameras]) -> Cameras:
+        """One for all tasks, where their scenes are alike but for the agent view's pose and the plane."""
+        first = scenes[0]
+        if all(scene == first for scene in scenes):
+            return first
+        agentview = Camera(first.agentview.fovy, *([getattr(scene.agentview, name) for scene in scenes]
+                                                   for name in ("position", "rotation")))
+        return cls(agentview, first.wrist, [scene.plane_z for scene in scenes])
+
+    def of(self, task: Tensor) -> Cameras:
+        """The cameras of every row's task (B,); these themselves where all tasks share them."""
+        if not isinstance(self.plane_z, list):
+            return self
+        rows = lambda values: torch.tensor(values, device=task.device)[task]
+        agentview = Camera(self.agentview.fovy, rows(self.agentview.position), rows(self.agentview.rotation))
+        return Cameras(agentview, self.wrist, rows(self.plane_z))
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -107,8 +131,8 @@ def opening(state):
 # ----------------------------------------------------------------------------------------------------------
 def camera_pose(camera: Camera, state: Tensor, on_hand: bool) -> tuple[Tensor, Tensor]:
     """Position (B, 3), rotation (B, 3, 3) in the world; a camera on the hand moves with the states (B, 8)."""
-    position = torch.tensor(camera.position, dtype=state.dtype, device=state.device).expand(len(state), 3)
-    rotation = torch.tensor(camera.rotation, dtype=state.dtype, device=state.device).expand(len(state), 3, 3)
+    position = torch.as_tensor(camera.position, dtype=state.dtype, device=state.device).expand(len(state), 3)
+    rotation = torch.as_tensor(camera.rotation, dtype=state.dtype, device=state.device).expand(len(state), 3, 3)
     if not on_hand:
         return position, rotation
     hand = rotation_matrix(state[:, 3:6])  # (B, 3, 3)
@@ -135,7 +159,7 @@ def pixel_grid(size: int, device: torch.device) -> Tensor:
 
 
 def seen_on_plane(image: Tensor, camera: Camera, pose: tuple[Tensor, Tensor], state: Tensor, wrist: Camera,
-                  plane_z: float) -> tuple[Tensor, Tensor]:
+                  plane_z: float | Tensor) -> tuple[Tensor, Tensor]:
     """What a picture (B, C, H, W), taken by `camera` in `pose`, shows of the plane, as the wrist camera sees it in `state`.
 
     -> picture (B, C, H, W) and visibility (B, 1, H, W): 1 where the picture has that point of the plane.
@@ -144,6 +168,7 @@ def seen_on_plane(image: Tensor, camera: Camera, pose: tuple[Tensor, Tensor], st
     position, rotation = camera_pose(wrist, state, on_hand=True)
     pixels = pixel_grid(H, image.device).view(1, H * W, 2) * corner(wrist, image.device)
     rays = F.pad(pixels, (0, 1), value=-1.0) @ rotation.transpose(1, 2)  # (B, H*W, 3) in the world
+    plane_z = torch.as_tensor(plane_z, dtype=state.dtype, device=state.device).view(-1, 1, 1)  # one, or one a row
     distance = (plane_z - position[:, None, 2:]) / rays[..., 2:].clamp(max=-1e-4)  # only falling rays meet it
     where, depth = project(position[:, None] + distance * rays, camera, pose)  # (B, H*W, 2), (B, H*W)
     seen = (where.abs().amax(-1) <= 1) & (depth > 0) & (distance[..., 0] > 0) & (rays[..., 2] < -1e-4)
@@ -154,7 +179,7 @@ def seen_on_plane(image: Tensor, camera: Camera, pose: tuple[Tensor, Tensor], st
 
 
 def warp_wrist(image: Tensor, state_from: Tensor, state_to: Tensor, camera: Camera,
-               plane_z: float) -> tuple[Tensor, Tensor]:
+               plane_z: float | Tensor) -> tuple[Tensor, Tensor]:
     """The wrist picture (B, C, H, W) of `state_from` (B, 8) as it would be in `state_to`, as `seen_on_plane`."""
     return seen_on_plane(image, camera, camera_pose(camera, state_from, on_hand=True), state_to, camera, plane_z)
 
@@ -175,8 +200,8 @@ def wrist_memory(wrist: Tensor, states: Tensor, state: Tensor, cameras: Cameras,
     B, n, _, H, W = wrist.shape
     outside = outside_hand(H, hand_height, wrist.device)
     pictures = torch.cat([wrist.flatten(0, 1), outside.expand(B * n, 1, H, W)], dim=1)
-    warped, seen = warp_wrist(pictures, states.flatten(0, 1), state.repeat_interleave(n, dim=0), cameras.wrist,
-                              cameras.plane_z)
+    plane_z = torch.as_tensor(cameras.plane_z, device=wrist.device).expand(B).repeat_interleave(n)
+    warped, seen = warp_wrist(pictures, states.flatten(0, 1), state.repeat_interleave(n, dim=0), cameras.wrist, plane_z)
     seen = seen * outside * (warped[:, 3:] > 0.99)
     return (warped[:, :3] * seen).unflatten(0, (B, n)), seen.unflatten(0, (B, n))
 

@@ -77,13 +77,15 @@ def check_training(policy, batch, rank, device, flag):
 
     Of an image-text model of any build, activations are not counted: it is refused where nothing could help.
     """
-    rank, needed = policy.config.lora_rank or rank, trained_size(policy)
+    rank, needed, remedy = policy.config.lora_rank or rank, trained_size(policy), "take a smaller model or a larger card"
     if isinstance(policy, OpenVLAPolicy):
-        use = ("checkpointed" if policy.config.gradient_checkpointing else "lora") if rank else "scale"
+        checkpointed = policy.config.gradient_checkpointing
+        use = ("checkpointed" if checkpointed else "lora") if rank else "scale"
         needed = memory(policy.sizes, batch, rank or 1, policy.config.dtype)[use]
+        remedy = (f"lower {flag}, {'' if checkpointed else 'add --policy.gradient_checkpointing, '}or take a larger card "
+                  "(python openvla_memory.py)")
     there = size_of(policy) if policy.device.type == device.type else 0
-    check_memory(needed - there, device, f"to train with {batch} samples at once",
-                 f"lower {flag}, add --policy.gradient_checkpointing, or take a larger card (python openvla_memory.py)")
+    check_memory(needed - there, device, f"to train with {batch} samples at once", remedy)
 
 
 def main(arguments: Arguments):

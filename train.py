@@ -26,7 +26,7 @@ import distributed
 import report
 import runs
 from config import STAGES, TrainConfig, parse, stage_settings
-from demonstrations import collect_demonstrations, read_demonstrations
+from demonstrations import collect_demonstrations, read_demonstrations, suite_cameras
 from distributed import barrier, gather, rank, shard, world_size
 from episodes import ChunkData, CloneData, Episode, Normalizer, StartContext, joined, load_episodes
 from evaluate import evaluate_policies, film_some, imagined_success, load_model, load_policies, pick_device
@@ -34,7 +34,7 @@ from fidelity import (check_trust, frame_logits, frame_scores, horizon_errors, i
                       outcome_agreement, reflector_quality)
 from geometry import Cameras
 from intervals import proportion, summarize
-from libero_env import LiberoContext, LiberoTask, LiberoVectorEnv, load_suite, step_limit
+from libero_env import LiberoContext, LiberoVectorEnv, load_suite, step_limit
 from openvla import load_policy, pretrained_policy
 from openvla_memory import check_training
 from playing import control_steps, grasp_retries, play, read_lines
@@ -110,10 +110,7 @@ def demonstrate(config, run, folder, device):
     for number, episode in enumerate(episodes):
         episode.save(folder / "episodes" / f"{number:04d}.npz")
     write_json(folder / "normalizer.json", Normalizer.fit(episodes).to_dict())
-    task = LiberoTask(config.task, config.task_ids[0])
-    task.reset(seed=config.seed)
-    write_json(folder / "cameras.json", task.cameras().to_dict())
-    task.close()
+    write_json(folder / "cameras.json", suite_cameras(config.task, config.seed).to_dict())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

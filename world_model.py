@@ -148,39 +148,41 @@ class WorldModel(nn.Module):
         """The state (B, 8) after a chunk, save for the fingers."""
         return moved(state, self.pose_predictor(state_features(state, self.normalizer), previous_actions, actions))
 
-    def grasp_logits(self, images: Tensor, state: Tensor, previous_actions: Tensor, actions: Tensor) -> Tensor:
-        """(B, BINS) of the fingers' opening after a chunk; images (B, V, 3, H, W) in [-1, 1] are now."""
+    def grasp_logits(self, images: Tensor, state: Tensor, previous_actions: Tensor, actions: Tensor,
+                     task: Tensor) -> Tensor:
+        """(B, BINS) of the fingers' opening after a chunk; images (B, V, 3, H, W) in [-1, 1] are now, task (B,)."""
         next_pose = self.predict_pose(state, previous_actions, actions)
-        seen = surroundings(images, state, next_pose, previous_actions, actions, self.cameras, self.normalizer)
+        cameras = self.cameras.of(task)
+        seen = surroundings(images, state, next_pose, previous_actions, actions, cameras, self.normalizer)
         return self.grasp_predictor(*seen, opening(state))
 
     @torch.no_grad()
     def predict_state(self, images: Tensor, state: Tensor, previous_actions: Tensor, actions: Tensor,
-                      uniform: Tensor) -> Tensor:
+                      uniform: Tensor, task: Tensor) -> Tensor:
         """The state (B, 8) after a chunk.
 
         images uint8 (B, V, 3, H, W) and state (B, 8) are now; previous_actions and actions (B, L, 7) are the chunk that
-        led here and the one to play; uniform (B,) in [0, 1] draws the fingers' opening, 0.5 for the median.
+        led here and the one to play; uniform (B,) in [0, 1] draws the fingers' opening, 0.5 for the median; task (B,)
+        tells the scene.
         """
-        logits = self.grasp_logits(to_float(images), state, previous_actions, actions)
+        logits = self.grasp_logits(to_float(images), state, previous_actions, actions, task)
         return with_opening(self.predict_pose(state, previous_actions, actions), draw_opening(logits, uniform))
 
-    def condition(self, memory: Tensor, memory_states: Tensor, next_state: Tensor) -> tuple[Tensor, Tensor]:
+    def condition(self, memory: Tensor, memory_states: Tensor, next_state: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
         """Memory (B, F, V, 3, H, W) in [-1, 1], its states (B, F, 8) -> base (B, *diffused) and the context
-        (B, C, h, w), all pictures that the U-Net sees beside the noisy residual."""
-        agent, wrist = memory[:, -1, 0], memory[:, -1, 1]  # (B, 3, H, W)
-        warped, seen = wrist_memory(memory[:, :, 1], memory_states, next_state, self.cameras, self.config.hand_height)
+        (B, C, h, w), all pictures that the U-Net sees beside the noisy residual. task (B,) tells the scene."""
+        agent, wrist, cameras = memory[:, -1, 0], memory[:, -1, 1], self.cameras.of(task)  # (B, 3, H, W) each
+        warped, seen = wrist_memory(memory[:, :, 1], memory_states, next_state, cameras, self.config.hand_height)
         views, masks, unseen = [memory[:, :, 0], warped], [seen], wrist
         if self.config.plane_view:  # of the first frame, which never drifts, and of the last one
-            plane, there = agent_memory(memory[:, [0, -1], 0], next_state, self.cameras, self.config.hand_height)
+            plane, there = agent_memory(memory[:, [0, -1], 0], next_state, cameras, self.config.hand_height)
             views, masks, unseen = [*views, plane], [*masks, there[:, :1]], plane[:, 0] + (1 - there[:, 0]) * wrist
         base = self.encode(torch.cat([agent, warped[:, -1] + (1 - seen[:, -1]) * unseen], dim=1))  # (B, V*c, h, w)
         poses, size = (memory_states[:, -1], next_state), base.shape[-1]
-        maps = [action_map(self.cameras.agentview, state, size) for state in poses]
-        maps += [action_map(self.cameras.wrist, state, size, hand=next_state) for state in poses]
+        maps = [action_map(cameras.agentview, state, size) for state in poses]
+        maps += [action_map(cameras.wrist, state, size, hand=next_state) for state in poses]
         if self.config.ray_maps:
-            maps += [ray_map(self.cameras.agentview, next_state, size),
-                     ray_map(self.cameras.wrist, next_state, size, on_hand=True)]
+            maps += [ray_map(cameras.agentview, next_state, size), ray_map(cameras.wrist, next_state, size, on_hand=True)]
         pictures = [self.encode(view.flatten(1, 2)) for view in views]
         masks = F.adaptive_avg_pool2d(torch.cat(masks, dim=1).flatten(1, 2), size)
         return base, torch.cat([*pictures, masks, self.encode(wrist), base.chunk(2, dim=1)[1], *maps], dim=1)
@@ -210,14 +212,14 @@ class WorldModel(nn.Module):
 
     @torch.no_grad()
     def sample(self, memory: Tensor, memory_states: Tensor, next_state: Tensor, actions: Tensor,
-               noise: Tensor) -> Tensor:
+               noise: Tensor, task: Tensor) -> Tensor:
         """The next pictures, uint8 (B, V, 3, H, W).
 
         memory uint8 (B, F, V, 3, H, W) and memory_states (B, F, 8), the last of F is now; next_state (B, 8);
-        actions (B, L, 7); noise (B, *diffused) of variance 1, all the randomness there is.
+        actions (B, L, 7); noise (B, *diffused) of variance 1, all the randomness there is; task (B,) tells the scene.
         """
         memory = to_float(memory)
-        (base, context), tokens = self.condition(memory, memory_states, next_state), self.tokens(memory)
+        (base, context), tokens = self.condition(memory, memory_states, next_state, task), self.tokens(memory)
         embedding = self.embedding(memory_states[:, -1], next_state, actions)
         sigmas = noise_levels(self.config, self.config.sampling_steps).to(base.device)
         residual = euler(lambda x, sigma: self.denoise(x, sigma.expand(len(x)), context, embedding, tokens),
@@ -272,7 +274,7 @@ def world_model_loss(model: WorldModel, batch: dict, generator: torch.Generator,
     noise = normal(target.shape, generator, target.device)[rows]
     memory_states, next_state, actions = (batch[name][rows] for name in ("memory_states", "next_state", "actions"))
     state = memory_states[:, -1]
-    base, context = model.condition(memory, memory_states, next_state)
+    base, context = model.condition(memory, memory_states, next_state, batch["task"][rows])
     clean = (target[rows] - base) / model.residual_std
     noisy = clean + sigma.view(-1, 1, 1, 1) * noise
     denoised = model.denoise(noisy, sigma, context, model.embedding(state, next_state, actions), model.tokens(memory))
@@ -299,7 +301,7 @@ def grasp_loss(model: WorldModel, batch: dict, generator: torch.Generator, rows=
     """Cross-entropy of the fingers' opening after a chunk. batch: `ChunkData.grasp_batch`, true and imagined pictures."""
     images = noised(to_float(batch["images"]), model.config.memory_noise, generator)[rows]
     target = opening_bin(batch["next_state"][rows])
-    logits = model.grasp_logits(images, *(batch[name][rows] for name in ("state", "previous_actions", "actions")))
+    logits = model.grasp_logits(images, *(batch[name][rows] for name in ("state", "previous_actions", "actions", "task")))
     loss = F.cross_entropy(logits, target)
     return loss, {"loss": loss.item(), "accuracy": (logits.argmax(dim=1) == target).float().mean().item()}
 
@@ -347,7 +349,7 @@ class VirtualEnv(gym.vector.VectorEnv):
         self.previous_actions = torch.zeros(num_envs, L, 7, device=self.device)
         self.time = torch.zeros(num_envs, dtype=torch.long, device=self.device)  # each slot's last frame
         self.alive = torch.zeros(num_envs, dtype=torch.bool, device=self.device)
-        self.instruction = [""] * num_envs
+        self.task, self.instruction = torch.zeros(num_envs, dtype=torch.long, device=self.device), [""] * num_envs
         self.generator = torch.Generator()  # on the CPU: the same noise on every device
         self.reset_noise(0)
 
@@ -364,7 +366,7 @@ class VirtualEnv(gym.vector.VectorEnv):
                 return torch.from_numpy(values).to(self.device)
             slots = torch.tensor(list(chosen), device=self.device)
             self.frames[slots, 0], self.states[slots, 0] = stack("images"), stack("state")
-            self.previous_actions[slots] = stack("previous_actions")
+            self.previous_actions[slots], self.task[slots] = stack("previous_actions"), stack("task_id")
             self.time[slots], self.alive[slots], self.scores[list(chosen)] = 0, True, 0.0
             for i in chosen:
                 self.instruction[i] = contexts[i].instruction
@@ -407,11 +409,11 @@ class VirtualEnv(gym.vector.VectorEnv):
 
     def imagine(self, slots: Tensor, actions: Tensor, noise: Tensor, uniform: Tensor, next_state: Tensor | None):
         """Append the next state and frames to the history of `slots` (b,)."""
-        time = self.time[slots]
+        time, task = self.time[slots], self.task[slots]
         memory = slots[:, None], memory_index(time.cpu()).to(self.device)  # (b, 1), (b, F)
         if next_state is None:
             next_state = self.model.predict_state(self.frames[slots, time], self.states[slots, time],
-                                                  self.previous_actions[slots], actions, uniform)
-        images = self.model.sample(self.frames[memory], self.states[memory], next_state, actions, noise)
+                                                  self.previous_actions[slots], actions, uniform, task)
+        images = self.model.sample(self.frames[memory], self.states[memory], next_state, actions, noise, task)
         self.frames[slots, time + 1], self.states[slots, time + 1] = images, next_state
         self.previous_actions[slots], self.time[slots] = actions, time + 1

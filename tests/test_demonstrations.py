@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import demonstrations
+from geometry import Camera, Cameras
 from libero_env import RENDER_SIZE, LiberoTask
 from runs import UserError
 
@@ -28,6 +29,23 @@ def write_official(path, T=20):
             for name, values in zip(("ee_pos", "ee_ori", "gripper_states"), np.split(states, [3, 6], axis=1)):
                 demo[f"obs/{name}"] = values
     return actions, states, pictures
+
+
+def test_every_kind_of_scene_is_built_once(monkeypatch):
+    built = []
+
+    class Scene:
+        def __init__(self, suite, task_id):
+            built.append(task_id)
+            self.cameras = lambda: Cameras(Camera(45.0, [task_id, 0, 0], []), Camera(75.0, [0, 0, 0], []), task_id)
+
+        reset = close = lambda self, **_: None
+    monkeypatch.setattr(demonstrations, "LiberoTask", Scene)
+    assert demonstrations.suite_cameras("libero_object").plane_z == 0 and built == [0]
+    built.clear()
+    planes = demonstrations.suite_cameras("libero_10").plane_z
+    assert len(planes) == 10 and set(planes) == set(built) and len(built) == 3  # living room, kitchen, study
+    assert [planes[task] for task in (0, 2, 3, 5)] == [0, 2, 2, 5]
 
 
 def edit(path, change):

@@ -28,10 +28,10 @@ class Mover(torch.nn.Module):
         self.diffused = (6, SIZE, SIZE)
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
-    def predict_state(self, images, state, previous_actions, actions, uniform):
+    def predict_state(self, images, state, previous_actions, actions, uniform, task):
         return torch.cat([state[:, :1] + 0.01 * actions[:, 0, :1], state[:, 1:]], dim=1)
 
-    def sample(self, memory, memory_states, next_state, actions, noise):
+    def sample(self, memory, memory_states, next_state, actions, noise, task):
         change = 10 * actions[:, 0, 0].view(-1, 1, 1, 1, 1) + self.noise * noise.mean((1, 2, 3)).view(-1, 1, 1, 1, 1)
         return (memory[:, -1].float() + change).clamp(0, 255).to(torch.uint8)
 

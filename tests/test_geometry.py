@@ -151,9 +151,30 @@ def test_the_wrist_map_rides_on_the_hand_and_shows_where_it_came_from():
     assert (grey != (still.amin(1) > 0.3)).flatten(1).any(1).all()
 
 
+HIGHER = Cameras(Camera(45.0, [0.7, 0.1, 1.6], AGENTVIEW.rotation), WRIST, plane_z=0.1)  # another scene
+
+
 def test_cameras_survive_json():
-    cameras = Cameras(AGENTVIEW, WRIST, 0.01)
-    assert Cameras.from_dict(json.loads(json.dumps(cameras.to_dict()))) == cameras
+    for cameras in (Cameras(AGENTVIEW, WRIST, 0.01), Cameras.of_tasks([HIGHER, Cameras(AGENTVIEW, WRIST, 0.01)])):
+        assert Cameras.from_dict(json.loads(json.dumps(cameras.to_dict()))) == cameras
+
+
+def test_every_row_is_seen_by_the_cameras_of_its_task():
+    scenes, H = [Cameras(AGENTVIEW, WRIST, 0.0), HIGHER], 32
+    assert Cameras.of_tasks(scenes[:1] * 3) == scenes[0], "tasks that share a scene need no rows"
+    task, state, next_state = torch.tensor([1, 0, 1]), states(3), states(3, seed=1)
+    wrist = torch.rand(3, 4, 3, H, H, generator=torch.Generator().manual_seed(0))
+    memory_states = states(12, seed=2).unflatten(0, (3, 4))
+
+    def seen(cameras, rows):
+        return [action_map(cameras.agentview, state[rows], H), ray_map(cameras.agentview, state[rows], H),
+                *geometry.wrist_memory(wrist[rows], memory_states[rows], next_state[rows], cameras, 0.2),
+                *geometry.agent_memory(wrist[rows], next_state[rows], cameras, 0.2)]
+    together = seen(Cameras.of_tasks(scenes).of(task), slice(None))
+    for row, number in enumerate(task.tolist()):
+        alone, other = (seen(scenes[n], slice(row, row + 1)) for n in (number, 1 - number))
+        for a, b, c in zip(together, alone, other):
+            assert torch.allclose(a[row:row + 1], b, atol=1e-5) and not torch.allclose(b, c, atol=1e-3)
 
 
 def test_the_ray_of_a_pixel_goes_through_the_point_that_is_seen_there():

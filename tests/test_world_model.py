@@ -28,10 +28,10 @@ TINY = WorldModelConfig(image_size=16, channels=(16, 32), chunk_size=4, state_wi
 START = torch.tensor([0.0, 0, 0.3, math.pi, 0, 0, 0.03, -0.03])
 
 
-def make_model(config=TINY, seed=0):
+def make_model(config=TINY, seed=0, cameras=CAMERAS):
     """Random weights everywhere, so that pictures depend on every input."""
     torch.manual_seed(seed)
-    model = WorldModel(config, CAMERAS, NORMALIZER).eval()
+    model = WorldModel(config, cameras, NORMALIZER).eval()
     torch.nn.init.normal_(model.unet.conv_out.weight, std=0.1)
     torch.nn.init.normal_(model.pose_predictor.correction[-1].weight, std=0.1)
     return model
@@ -126,7 +126,7 @@ def toy_batch(B, seed=0, size=16):
     none = torch.zeros_like(actions)
     return {"memory": frame[:, None].expand(-1, 4, *frame.shape[1:]), "target": draw(place + shift), "actions": actions,
             "memory_states": state[:, None].expand(B, 4, 8), "next_state": state + moved, "previous_actions": none,
-            "transitions": [value[:, None] for value in (state, none, actions, state + moved)]}
+            "task": torch.zeros(B, dtype=torch.long), "transitions": [value[:, None] for value in (state, none, actions, state + moved)]}
 
 
 def test_overfits_one_batch_and_then_a_shuffled_action_makes_it_worse():
@@ -143,7 +143,8 @@ def test_overfits_one_batch_and_then_a_shuffled_action_makes_it_worse():
 
     def mse(order):
         noise = normal((8, 6, 16, 16), torch.Generator().manual_seed(0), torch.device("cpu"))
-        images = model.sample(batch["memory"], batch["memory_states"], batch["next_state"][order], batch["actions"][order], noise)
+        images = model.sample(batch["memory"], batch["memory_states"], batch["next_state"][order], batch["actions"][order], noise,
+                              batch["task"])
         return ((images.float() - target) / 255).square().mean()
 
     target = batch["target"].float()
@@ -172,16 +173,17 @@ def test_the_opening_is_seen_and_learned_apart_from_the_pictures():
     assert "grasp_predictor" in learned and "unet" not in learned and 0 <= metrics["accuracy"] <= 1
     state, actions = START.expand(2, 8), torch.zeros(2, 4, 7)
     images = torch.rand(2, 2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    logits = model.grasp_logits(images, state, actions, actions)
+    logits = model.grasp_logits(images, state, actions, actions, torch.zeros(2, dtype=torch.long))
     assert not torch.allclose(logits[0], logits[1]), "what the fingers close on is seen"
 
 
 def test_where_no_wrist_picture_has_looked_the_base_shows_the_first_agent_view():
     memory, there = -torch.ones(1, 4, 2, 3, 16, 16), START + 0.15 * torch.eye(8)[1]
     memory[:, 0, 0] = 1  # it alone is bright
-    beside, same = (make_model().condition(memory, START.expand(1, 4, 8), state[None])[0][0, 3:, :12] for state in (there, START))
+    states, task = START.expand(1, 4, 8), torch.zeros(1, dtype=torch.long)
+    beside, same = (make_model().condition(memory, states, state[None], task)[0][0, 3:, :12] for state in (there, START))
     assert 0.1 < (beside > 0.9).float().mean() < 0.9 and (same < -0.9).all(), "what the wrist has seen, it has seen better"
-    without = make_model(replace(TINY, plane_view=False)).condition(memory, START.expand(1, 4, 8), there[None])[0]
+    without = make_model(replace(TINY, plane_view=False)).condition(memory, states, there[None], task)[0]
     assert (without < -0.9).all()
 
 
@@ -190,7 +192,8 @@ def test_what_hardly_changes_stays_as_it_was(change, expected):
     model, memory = make_model(), torch.full((1, 4, 2, 3, 16, 16), 128, dtype=torch.uint8)
     model.denoise = lambda x, *_: change / 127.5 / model.residual_std.expand_as(x)
     states = START.expand(1, 4, 8)
-    images = model.sample(memory, states, START[None], torch.zeros(1, 4, 7), torch.zeros(1, 6, 16, 16))
+    actions, noise, task = torch.zeros(1, 4, 7), torch.zeros(1, 6, 16, 16), torch.zeros(1, dtype=torch.long)
+    images = model.sample(memory, states, START[None], actions, noise, task)
     assert (images[:, 0].int() - 128 == expected).all(), "the agent view's base is its last frame"
 
 
@@ -284,7 +287,7 @@ def test_a_stop_is_confirmed_by_the_next_frame_and_a_reset_forgets_the_last():
 
 def test_memory_is_first_third_two_thirds_and_last():
     class Spy(WorldModel):
-        def sample(self, memory, memory_states, next_state, actions, noise):
+        def sample(self, memory, memory_states, next_state, actions, noise, task):
             self.seen = memory[:, :, 0, 0, 0, 0].tolist()
             return memory[:, -1] + 1  # frame t is filled with t
 
@@ -298,6 +301,15 @@ def test_memory_is_first_third_two_thirds_and_last():
         obs, reward, terminated, truncated, info = env.step(chunk)
     assert model.seen == [[0, 3, 6, 9]] * 2
     assert info["score"].isnan().all() and not (terminated | truncated).any()
+
+
+def test_each_slot_is_imagined_in_its_tasks_scene():
+    raised = Cameras(AGENTVIEW, CAMERAS.wrist, plane_z=0.1)
+    actions, contexts = make_actions(2, 2), [replace(make_contexts(2)[0], task_id=task) for task in (1, 0)]
+    mixed, low, high = (play(VirtualEnv(make_model(cameras=cameras), None, VirtualEnvConfig(), 2, group_size=2), contexts, actions)
+                        for cameras in (Cameras.of_tasks([CAMERAS, raised]), CAMERAS, raised))
+    assert torch.equal(mixed[:, 0], high[:, 0]) and torch.equal(mixed[:, 1], low[:, 1])
+    assert not torch.equal(mixed[:, 0], low[:, 0])
 
 
 def test_save_and_load_give_bit_equal_pictures(tmp_path):
