@@ -60,6 +60,14 @@ def test_from_an_imagined_copy_the_simulator_learns_the_true_next_picture():
     assert batch["target"][0, 0, 0, 0, 0] == 40 == batch["next_state"][0, 0]
 
 
+def test_a_batch_tells_whose_scene_a_row_is_of():
+    data = ChunkData([replace(make_episode(stride=8), task_id=task, states=np.full((6, 8), task, np.float32))
+                      for task in (2, 5)], 8, "cpu")
+    for batch, states in ((data.world_batch(9, torch.Generator().manual_seed(0)), "next_state"),
+                          (data.grasp_batch(9, torch.Generator().manual_seed(0)), "state")):
+        assert batch["task"].tolist() == batch[states][:, 0].tolist() and len(batch["task"].unique()) == 2
+
+
 def test_two_batches_are_joined_row_by_row():
     data, generator = ChunkData([make_episode(stride=8)], 8, "cpu"), torch.Generator().manual_seed(0)
     one, two = data.world_batch(2, generator, transitions=6), data.world_batch(3, generator, transitions=9)
