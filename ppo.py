@@ -83,15 +83,14 @@ class Rollout:
 # Rollout
 # ------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def rollout(policy, env, contexts, greedy=False, temperature=1.0, generator=None, progress=None,
-            chunk_noise=False, persistence=0.0, explore_chunks=0) -> Rollout:
+def rollout(policy, env, contexts, greedy=False, temperature=1.0, generator=None, chunk_noise=False,
+            persistence=0.0, explore_chunks=0) -> Rollout:
     """Play every context once; row i of the result is contexts[i].
 
     Slot i of the environment plays contexts i, i + num_envs, i + 2 num_envs, ...: a masked reset refills it.
     `env.num_envs` 0 or None means any number: all contexts are played at once. Exploration noise comes from
     `generator` alone, which may be a list with one for each context; `temperature` is one number or one for each
-    context; `chunk_noise`, `persistence`, `explore_chunks`: see `PPOConfig`. `progress(ended)` hears after every chunk how
-    many episodes have just ended.
+    context; `chunk_noise`, `persistence`, `explore_chunks`: see `PPOConfig`.
     """
     policy.eval()
     total, slots = len(contexts), env.num_envs or len(contexts)
@@ -128,8 +127,6 @@ def rollout(policy, env, contexts, greedy=False, temperature=1.0, generator=None
         chunk = torch.where(ended, 0, chunk + 1)
         which = torch.where(ended, which + slots, which)
         fresh = ended & (which < total)
-        if progress:
-            progress(int(ended.sum()))
     return collect(starts, steps, total)
 
 
