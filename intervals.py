@@ -134,7 +134,8 @@ def reflector_here(rows, rule) -> dict:
 def over_seeds(lines: dict[str, dict[str, list[dict]]], stop="both") -> dict:
     """{run: {policy: lines}} of runs that differ by their seed alone -> {policy: {stop: mean, std, interval, rates}}.
 
-    "difference": post-trained less cloned, run by run. std: over seeds, with S - 1.
+    "difference": post-trained less cloned, run by run, and "pairs": the episodes of all runs together, as `paired` has them.
+    std: over seeds, with S - 1.
     """
     names = [name for name in next(iter(lines.values())) if all(name in run for run in lines.values())]
     results = {}
@@ -147,6 +148,9 @@ def over_seeds(lines: dict[str, dict[str, list[dict]]], stop="both") -> dict:
             results.setdefault(name, {})[key] = {
                 "mean": float(each.mean()), "std": float(each.std(ddof=1)), "ci95": list(stratified_bootstrap(values)),
                 "rates": each.tolist()}
+        if "difference" in rates:
+            before, after = ([line[key] for run in lines.values() for line in run[name]] for name in ("cloned", "post_trained"))
+            results["difference"][key]["pairs"] = paired(before, after)
     return results
 
 

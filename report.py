@@ -29,7 +29,8 @@ episode at the first success. *Self stop*: the reflector ends it, and success is
 the true columns show it too. *Difference*: same initial states, with Newcombe's paired 95% interval and
 the exact McNemar p-value."""
 SEEDS = """Mean and standard deviation over seeds (run folders), with the stratified bootstrap's 95% interval: in every
-task seeds are drawn with replacement. *Difference*: post-trained less cloned, seed by seed."""
+task seeds are drawn with replacement. *Difference*: post-trained less cloned, seed by seed; then all episodes as
+pairs, with Newcombe's interval and McNemar's p, which speak of these policies and not of new seeds."""
 LENGTHS = """Until the stop or the step limit, in control steps (50 ms)."""
 MEANING = {  # what the reflector's numbers mean
     "auroc": "success against failure frames; chance 0.5, goal 0.95",
@@ -128,7 +129,8 @@ def _seeds(cell) -> str:
         return "–"
     low, high = cell["ci95"]
     each = ", ".join(f"{rate:.0%}" for rate in cell["rates"])
-    return f"**{cell['mean']:.1%}** ± {cell['std']:.1%} ({low:.1%} to {high:.1%}); {each}"
+    pairs = f"; pairs: {_difference(cell['pairs'])}" if "pairs" in cell else ""
+    return f"**{cell['mean']:.1%}** ± {cell['std']:.1%} ({low:.1%} to {high:.1%}); {each}{pairs}"
 
 
 def fidelity_report(measured: dict) -> str:

@@ -128,6 +128,9 @@ def test_several_seeds_give_a_mean_a_deviation_and_an_interval():
     assert results["difference"]["oracle_stop"]["mean"] == 0.125 and results["cloned"]["oracle_stop"]["std"] == 0
     text = results_table({"task": "t", "preset": "p", "seed": "0, 1", "policies": {}, "over_seeds": results})
     assert "| post-trained in imagination | **62.5%** ± 17.7% (50.0% to 75.0%); 75%, 50% | – |" in text
+    pairs = results["difference"]["oracle_stop"]["pairs"]  # two won, one lost in a; none in b
+    assert pairs["difference"] == 0.125 and pairs["mcnemar_p"] == mcnemar_exact([0, 0, 1], [1, 1, 0])
+    assert "; 25%, 0%; pairs: **+12 points**" in text
 
 
 def test_eval_info_has_lerobots_names():

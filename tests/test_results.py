@@ -4,17 +4,31 @@ from pathlib import Path
 
 import pytest
 
-from intervals import summarize
+from intervals import over_seeds, summarize
 from reflector import StopRule
 from report import results_table
 
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("folder", sorted((ROOT / "results").iterdir()), ids=lambda folder: folder.name)
-def test_every_table_follows_from_the_raw_episodes(folder):
-    lines = {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in sorted(folder.glob("*.jsonl"))}
+def read(folder):
+    return {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in sorted(folder.glob("*.jsonl"))}
+
+
+def tables(lines, **more):
+    text = results_table({"task": "", "preset": "", "seed": 0} | summarize(lines, StopRule(confirm=2)) | more)
+    return [row for row in text.splitlines() if row.startswith("|")]
+
+
+@pytest.mark.parametrize("run", sorted((ROOT / "results").iterdir()), ids=lambda run: run.name)
+def test_every_table_follows_from_the_raw_episodes(run):
+    lines = read(run)
     assert len({tuple((line["task_id"], line["seed"]) for line in rows) for rows in lines.values()}) == 1, "not paired"
-    text = results_table({"task": "", "preset": "", "seed": 0} | summarize(lines, StopRule(confirm=2)))
-    rows = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(rows) > 10 and not [row for row in rows if row not in (ROOT / "RESULTS.md").read_text()]
+    first = {name: [line for line in rows if line["seed"] < 5] for name, rows in lines.items()}  # those of the run itself
+    rows = [row.removesuffix(" – |") for row in tables(lines) + tables(first)[2:5]]  # what is imagined has no raw episodes
+    assert len(rows) > 30 and not [row for row in rows if row not in (ROOT / "RESULTS.md").read_text()]
+
+
+def test_the_table_over_seeds_follows_too():
+    rows = tables({}, over_seeds=over_seeds({run.name: read(run) for run in sorted((ROOT / "results").iterdir())}))
+    assert len(rows) > 4 and not [row for row in rows if row not in (ROOT / "RESULTS.md").read_text()]
