@@ -149,8 +149,8 @@ def over_seeds(lines: dict[str, dict[str, list[dict]]], stop="both") -> dict:
                 "mean": float(each.mean()), "std": float(each.std(ddof=1)), "ci95": list(stratified_bootstrap(values)),
                 "rates": each.tolist()}
         if "difference" in rates:
-            before, after = ([line[key] for run in lines.values() for line in run[name]] for name in ("cloned", "post_trained"))
-            results["difference"][key]["pairs"] = paired(before, after)
+            results["difference"][key]["pairs"] = paired(*([line[key] for run in lines.values() for line in run[name]]
+                                                           for name in ("cloned", "post_trained")))
     return results
 
 

@@ -1,13 +1,14 @@
-"""Where the robot will be after a chunk of actions, and what its fingers will close on.
+"""Where the robot will be after a chunk of actions, what its fingers will close on, and what will stop its hand.
 
 World-Env (section 3.2) takes the next robot state from kinematics. That is enough for the hand: a gain for every
 command, and a learned correction for a controller that lags behind, are right to a millimetre or two in free air. It is
 not enough for the fingers. Whether they close on an object or on air depends on what the pictures show, and all that is
 imagined later hangs on it. So their opening is read off the surroundings of the hand, as a categorical distribution,
-because the mean of two outcomes is neither. Fingers that hold something are told to go on holding it (`stay`):
+because the mean of two outcomes is neither. Fingers that hold something are told to go on holding it (`stay`). And a
+hand that comes down on an object stays above it: how much higher than in free air is read off the same way (the lift):
 
-    wrist picture, now and warped to the next pose ──┐
-    agent view around the hand, now and next ────────┼─► small conv net ─┬─► P(opening), 4 mm a bin
+    wrist picture, now and warped to the next pose ──┐                   ┌─► P(lift), 4 mm a bin
+    agent view around the hand, now and next ────────┼─► small conv net ─┼─► P(opening), 4 mm a bin
     both action chunks, height, turn, fingers ───────┴─► stay ───────────┘
 
 Given the true opening alone, the simulator's false successes fell from 11 of 14 to 4 (ABLATIONS.md): pictures that
@@ -28,7 +29,8 @@ from episodes import Normalizer
 from geometry import MAX_OPENING, Cameras, camera_pose, opening, pixel_grid, project, rotation_matrix, turn_state, warp_wrist
 
 STATE_FEATURES = 11  # width of `state_features`
-BINS = 20  # of the fingers' opening, MAX_OPENING / BINS wide
+BINS = 20  # of the fingers' opening, MAX_OPENING / BINS wide, and of the lift
+LOWEST, LIFTS = -0.016, 0.08  # m: the lowest lift, and how far all of them span
 
 
 def state_features(state: Tensor, normalizer: Normalizer) -> Tensor:
@@ -75,7 +77,7 @@ def moved(state: Tensor, change: Tensor) -> Tensor:
 
 
 class GraspPredictor(nn.Module):
-    """How far open the fingers are after a chunk: logits over BINS openings."""
+    """How far open the fingers are after a chunk, and how much higher the hand is than in free air: BINS logits each."""
 
     def __init__(self, chunk_size: int, image_size: int, channels: int, dropout: float):
         super().__init__()
@@ -87,20 +89,20 @@ class GraspPredictor(nn.Module):
         self.block2 = ResnetBlock2D(in_channels=2 * C, temb_channels=D, groups=8, dropout=dropout)
         self.squeeze = nn.Conv2d(2 * C, 16, 1)  # few channels, every place: WHERE the object lies matters
         self.out = nn.Sequential(nn.Linear(16 * (image_size // 8) ** 2 + D, D), nn.SiLU(), nn.Dropout(dropout),
-                                 nn.Linear(D, BINS))
+                                 nn.Linear(D, 2 * BINS))
         self.stay = nn.Linear(D, 1)
 
     def forward(self, pictures: Tensor, features: Tensor, metres: Tensor) -> Tensor:
-        """Pictures (B, 13, H, W) and features (B, 14 L + 22) of `surroundings`, opening (B,) now -> logits (B, BINS)."""
+        """Pictures (B, 13, H, W) and features (B, 14 L + 22) of `surroundings`, opening (B,) now -> logits (B, 2, BINS)."""
         embedding = self.embed(features)
         x = self.block1(self.stem(pictures), embedding)  # (B, C, H/4, W/4)
         x = self.block2(self.down(x), embedding)  # (B, 2C, H/8, W/8)
         x = F.silu(self.squeeze(x)).flatten(1)
-        logits = self.out(torch.cat([x, F.silu(embedding)], dim=1)).float()
+        fingers, lift = self.out(torch.cat([x, F.silu(embedding)], dim=1)).float().chunk(2, dim=1)
         # Fingers that hold something go on holding it: commands and state say how sure that is, without the pictures.
         centres = (torch.arange(BINS, device=metres.device) + 0.5) * MAX_OPENING / BINS
         near = torch.exp(-((centres - metres[:, None]) / (MAX_OPENING / BINS)).square())  # (B, BINS)
-        return logits + self.stay(F.silu(embedding)).float() * near
+        return torch.stack([fingers + self.stay(F.silu(embedding)).float() * near, lift], dim=1)
 
 
 def surroundings(images: Tensor, state: Tensor, next_pose: Tensor, previous_actions: Tensor, actions: Tensor,
@@ -127,21 +129,25 @@ def around_hand(agent: Tensor, state: Tensor, cameras: Cameras) -> Tensor:
     return F.grid_sample(agent, grid, padding_mode="border", align_corners=False)
 
 
-def opening_bin(state: Tensor) -> Tensor:
-    """(B, 8) -> (B,) in 0 .. BINS - 1."""
-    return (opening(state) / MAX_OPENING * BINS).long().clamp(0, BINS - 1)
+def contact_bins(pose: Tensor, next_state: Tensor) -> Tensor:
+    """What is learned: (B, 2) in 0 .. BINS - 1, the fingers' opening and the lift above the free hand's pose (B, 8)."""
+    lift = (next_state[:, 2] - pose[:, 2] - LOWEST) / LIFTS
+    return (torch.stack([opening(next_state) / MAX_OPENING, lift], dim=1) * BINS).long().clamp(0, BINS - 1)
 
 
-def draw_opening(logits: Tensor, uniform: Tensor) -> Tensor:
-    """The opening (B,) in m at which the distribution's cumulative probability is uniform (B,): 0.5 its median."""
+def quantile(logits: Tensor, uniform: Tensor) -> Tensor:
+    """(B,) in [0, 1], the place on BINS bins at which the cumulative probability is uniform (B,): 0.5 the median."""
     cumulative = F.pad(logits.softmax(dim=1).cumsum(dim=1), (1, 0))  # (B, BINS + 1)
     cumulative = cumulative / cumulative[:, -1:]
     bin = torch.searchsorted(cumulative[:, 1:].contiguous(), uniform[:, None].contiguous()).clamp(max=BINS - 1)
     low, high = cumulative.gather(1, bin), cumulative.gather(1, bin + 1)
     inside = ((uniform[:, None] - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
-    return ((bin + inside) * MAX_OPENING / BINS).squeeze(1)
+    return ((bin + inside) / BINS).squeeze(1)
 
 
-def with_opening(state: Tensor, metres: Tensor) -> Tensor:
-    """State (B, 8) with the fingers evenly apart by `metres` (B,)."""
-    return torch.cat([state[:, :6], metres[:, None] / 2, -metres[:, None] / 2], dim=1)
+def in_contact(pose: Tensor, logits: Tensor, uniform: Tensor) -> Tensor:
+    """The free hand's pose (B, 8) and logits (B, 2, BINS) -> the state (B, 8): its fingers, evenly apart, drawn by
+    uniform (B,), and its median lift."""
+    apart = MAX_OPENING * quantile(logits[:, 0], uniform)
+    lift = LOWEST + LIFTS * quantile(logits[:, 1], torch.full_like(uniform, 0.5))
+    return torch.cat([pose[:, :2], (pose[:, 2] + lift)[:, None], pose[:, 3:6], torch.stack([apart, -apart], 1) / 2], dim=1)

@@ -42,8 +42,8 @@ from torch import Tensor, nn
 from encoders import Injection, Latents
 from episodes import MEMORY, Normalizer, StartContext, finger_history, memory_index, to_float, to_uint8
 from geometry import Cameras, action_map, agent_memory, opening, ray_map, turn_between, wrist_memory
-from kinematics import (STATE_FEATURES, GraspPredictor, PosePredictor, draw_opening, moved, opening_bin, state_features,
-                        surroundings, with_opening)
+from kinematics import (STATE_FEATURES, GraspPredictor, PosePredictor, contact_bins, in_contact, moved, state_features,
+                        surroundings)
 from reflector import StopRule
 from runs import UserError, autocast, find_model, load_weights, read_json, save_model
 
@@ -145,16 +145,16 @@ class WorldModel(nn.Module):
         self.register_buffer("residual_std", std, persistent=False)  # (1, V*c, 1, 1)
 
     def predict_pose(self, state: Tensor, previous_actions: Tensor, actions: Tensor) -> Tensor:
-        """The state (B, 8) after a chunk, save for the fingers."""
+        """The state (B, 8) after a chunk in free air, save for the fingers."""
         return moved(state, self.pose_predictor(state_features(state, self.normalizer), previous_actions, actions))
 
     def grasp_logits(self, images: Tensor, state: Tensor, previous_actions: Tensor, actions: Tensor,
-                     task: Tensor) -> Tensor:
-        """(B, BINS) of the fingers' opening after a chunk; images (B, V, 3, H, W) in [-1, 1] are now, task (B,)."""
+                     task: Tensor) -> tuple[Tensor, Tensor]:
+        """`predict_pose`, and (B, 2, BINS) of the fingers' opening and of the lift; images (B, V, 3, H, W) in [-1, 1]."""
         next_pose = self.predict_pose(state, previous_actions, actions)
         cameras = self.cameras.of(task)
         seen = surroundings(images, state, next_pose, previous_actions, actions, cameras, self.normalizer)
-        return self.grasp_predictor(*seen, opening(state))
+        return next_pose, self.grasp_predictor(*seen, opening(state))
 
     @torch.no_grad()
     def predict_state(self, images: Tensor, state: Tensor, previous_actions: Tensor, actions: Tensor,
@@ -165,8 +165,7 @@ class WorldModel(nn.Module):
         led here and the one to play; uniform (B,) in [0, 1] draws the fingers' opening, 0.5 for the median; task (B,)
         tells the scene.
         """
-        logits = self.grasp_logits(to_float(images), state, previous_actions, actions, task)
-        return with_opening(self.predict_pose(state, previous_actions, actions), draw_opening(logits, uniform))
+        return in_contact(*self.grasp_logits(to_float(images), state, previous_actions, actions, task), uniform)
 
     def condition(self, memory: Tensor, memory_states: Tensor, next_state: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
         """Memory (B, F, V, 3, H, W) in [-1, 1], its states (B, F, 8) -> base (B, *diffused) and the context
@@ -298,12 +297,14 @@ def world_model_loss(model: WorldModel, batch: dict, generator: torch.Generator,
 
 
 def grasp_loss(model: WorldModel, batch: dict, generator: torch.Generator, rows=slice(None)) -> tuple[Tensor, dict]:
-    """Cross-entropy of the fingers' opening after a chunk. batch: `ChunkData.grasp_batch`, true and imagined pictures."""
+    """Cross-entropy of the fingers' opening and of the lift. batch: `ChunkData.grasp_batch`, true and imagined pictures."""
     images = noised(to_float(batch["images"]), model.config.memory_noise, generator)[rows]
-    target = opening_bin(batch["next_state"][rows])
-    logits = model.grasp_logits(images, *(batch[name][rows] for name in ("state", "previous_actions", "actions", "task")))
-    loss = F.cross_entropy(logits, target)
-    return loss, {"loss": loss.item(), "accuracy": (logits.argmax(dim=1) == target).float().mean().item()}
+    told = (batch[name][rows] for name in ("state", "previous_actions", "actions", "task"))
+    pose, logits = model.grasp_logits(images, *told)
+    target = contact_bins(pose, batch["next_state"][rows])  # (B, 2)
+    fingers, lift = (F.cross_entropy(logits[:, i], target[:, i]) for i in range(2))
+    right = (logits[:, 0].argmax(dim=1) == target[:, 0]).float().mean()
+    return fingers + lift, {"loss": fingers.item(), "loss_lift": lift.item(), "accuracy": right.item()}
 
 
 # ----------------------------------------------------------------------------------------------------------

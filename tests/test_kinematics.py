@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from episodes import Normalizer
 from fidelity import gripper_pixels
 from geometry import MAX_OPENING, Camera, Cameras, turn_between
-from kinematics import (BINS, GraspPredictor, PosePredictor, around_hand, draw_opening, moved, opening, opening_bin,
-                        state_features, surroundings, with_opening)
+from kinematics import (BINS, LIFTS, GraspPredictor, PosePredictor, around_hand, contact_bins, in_contact, moved, opening,
+                        quantile, state_features, surroundings)
 
 CAMERAS = Cameras(Camera(45.0, [0.9, 0.0, 0.65], [[0.0, -0.6, 0.8], [1.0, 0.0, 0.0], [0.0, 0.8, 0.6]]),
                   Camera(75.0, [0.05, 0.0, -0.097], [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]]), 0.0)
@@ -30,21 +30,37 @@ def test_the_pose_starts_at_the_kinematics():
     assert torch.equal(after[:, 6:], state[:, 6:])
 
 
-@pytest.mark.parametrize("metres", [0.0, 0.031, MAX_OPENING])
-def test_a_sure_distribution_gives_back_the_opening_within_its_bin(metres):
-    state = with_opening(START[None], torch.tensor([metres]))
-    assert torch.allclose(opening(state), torch.tensor([metres]), atol=1e-6) and torch.equal(state[:, :6], START[None, :6])
-    logits = 50 * F.one_hot(opening_bin(state), BINS).float()
+def holding(metres):
+    """START with the fingers (B,) m apart."""
+    state = START.repeat(len(metres), 1)
+    state[:, 6], state[:, 7] = metres / 2, -metres / 2
+    return state
+
+
+@pytest.mark.parametrize("metres, lift", [(0.0, 0.0), (0.031, 0.042), (MAX_OPENING, -0.016), (0.05, 0.064)])
+def test_sure_distributions_give_back_opening_and_lift_within_their_bins(metres, lift):
+    free, there = START[None], holding(torch.tensor([metres]))
+    there[:, 2] += lift
+    logits = 50 * F.one_hot(contact_bins(free, there), BINS).float()
     for uniform in (0.01, 0.5, 0.99):
-        assert (draw_opening(logits, torch.tensor([uniform])) - metres).abs() <= MAX_OPENING / BINS + 1e-6
+        state = in_contact(free, logits, torch.tensor([uniform]))
+        assert (opening(state) - metres).abs() <= MAX_OPENING / BINS + 1e-6 and state[0, 6] == -state[0, 7]
+        assert (state[0, 2] - there[0, 2]).abs() <= LIFTS / BINS + 1e-6
+        assert torch.equal(state[:, [0, 1, 3, 4, 5]], free[:, [0, 1, 3, 4, 5]]), "nothing else moves"
+
+
+def test_a_hand_in_free_air_is_where_kinematics_puts_it():
+    logits = torch.zeros(1, 2, BINS)
+    logits[:, 1, 3:5] = 20  # a lift of less than a bin, up or down
+    assert torch.allclose(in_contact(START[None], logits, torch.tensor([0.5]))[:, :3], START[None, :3], atol=1e-5)
 
 
 def test_openings_are_drawn_as_often_as_the_distribution_says():
     probability = torch.zeros(BINS)
     probability[0], probability[10], probability[11] = 0.3, 0.5, 0.2  # holds nothing; holds an object
     uniform = (torch.arange(2000) + 0.5) / 2000
-    drawn = draw_opening((probability + 1e-9).log().expand(2000, BINS), uniform)
-    found = torch.bincount((drawn / MAX_OPENING * BINS).long().clamp(max=BINS - 1), minlength=BINS) / 2000
+    drawn = quantile((probability + 1e-9).log().expand(2000, BINS), uniform)
+    found = torch.bincount((drawn * BINS).long().clamp(max=BINS - 1), minlength=BINS) / 2000
     assert torch.allclose(found, probability, atol=0.002)
     assert len(drawn.unique()) > 1000, "between the edges of a bin, too"
     assert (drawn.diff() >= 0).all(), "a group that shares its uniform number must not be reordered"
@@ -66,28 +82,31 @@ def test_what_surrounds_the_hand_moves_with_it():
 
 
 def test_a_grasp_is_learned_from_the_wrist_picture():
-    """Fingers that close: on an object where the wrist picture is bright in its middle, else on nothing."""
+    """Fingers that close: on an object where the wrist picture is bright in its middle, else on nothing. It lifts the hand."""
     torch.manual_seed(0)
     B, net = 16, GraspPredictor(4, 32, 8, dropout=0.0)
     holds = torch.arange(B) % 2 == 0
     images = (torch.rand(1, 2, 3, 32, 32) - 1).repeat(B, 1, 1, 1, 1)  # alike: nothing else tells them apart
     images[holds, 1, :, 12:20, 12:20] += 1
     state, actions = START.expand(B, 8), torch.ones(B, 4, 7)
-    target = opening_bin(with_opening(state, 0.04 * holds.float()))
+    there = holding(0.04 * holds.float())
+    there[:, 2] += 0.03 * holds
+    target = contact_bins(state, there)
     inputs = *surroundings(images, state, state, actions, actions, CAMERAS, NORMALIZER), opening(state)
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
     for _ in range(60):
-        loss = F.cross_entropy(net(*inputs), target)
+        loss = F.cross_entropy(net(*inputs).flatten(0, 1), target.flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert ((draw_opening(net.eval()(*inputs), torch.full((B,), 0.5)) > 0.02) == holds).all()
+    found = in_contact(state, net.eval()(*inputs), torch.full((B,), 0.5))
+    assert ((opening(found) > 0.02) == holds).all() and ((found[:, 2] - START[2] > 0.015) == holds).all()
 
 
 def test_fingers_can_be_told_to_stay_where_they_are():
     net, metres = GraspPredictor(4, 32, 8, dropout=0.0).eval(), torch.linspace(0.003, 0.077, 16)
     torch.nn.init.constant_(net.stay.bias, 50.0)
-    state = with_opening(START.expand(16, 8), metres)
+    state = holding(metres)
     images, actions = torch.rand(16, 2, 3, 32, 32) - 1, torch.ones(16, 4, 7)
     logits = net(*surroundings(images, state, state, actions, actions, CAMERAS, NORMALIZER), opening(state))
-    assert (draw_opening(logits, torch.full((16,), 0.5)) - metres).abs().max() < MAX_OPENING / BINS
+    assert (MAX_OPENING * quantile(logits[:, 0], torch.full((16,), 0.5)) - metres).abs().max() < MAX_OPENING / BINS
