@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from pathlib import Path
 
@@ -164,9 +165,9 @@ def read_demonstration(demo, task_id, instruction, image_size) -> Episode:
 def suite_cameras(suite, seed=0) -> Cameras:
     """Where the cameras of all the suite's tasks are, from one simulator for every kind of scene."""
     benchmark, scenes, kinds = load_suite(suite), {}, []
-    from libero.libero.envs.bddl_utils import get_problem_info
     for task_id in range(benchmark.n_tasks):
-        kinds.append(get_problem_info(benchmark.get_task_bddl_file_path(task_id))["problem_name"])
+        goal_file = Path(benchmark.get_task_bddl_file_path(task_id)).read_text()
+        kinds.append(re.search(r"\(problem (\w+)\)", goal_file)[1])
         if kinds[-1] not in scenes:
             task = LiberoTask(suite, task_id)
             task.reset(seed=seed)
