@@ -247,7 +247,7 @@ class ChunkData:
         half = self._draw(size // 2, generator, self.grasping or self.index)
         picks = half + self._draw(size - len(half), generator)
         names = ("state", "previous_actions", "actions", "next_state")
-        return dict(zip(names, self.transitions(picks)), task=self._tasks(picks),
+        return dict(zip(names, self.transitions(picks)), task=self.tasks(picks),
                     images=_stack([self.tracks[k].images[t] for k, t in picks], self.device))
 
     def _draw(self, count, generator, index=None):
@@ -266,7 +266,7 @@ class ChunkData:
                 "memory_states": _stack([track.states[frames] for track, frames in memory], self.device),
                 "target": _stack([self.targets[k].images[t + 1] for k, t in picks], self.device),
                 "next_state": next_state, "previous_actions": previous_actions, "actions": actions,
-                "task": self._tasks(picks)}
+                "task": self.tasks(picks)}
 
     def transitions(self, picks) -> list[torch.Tensor]:
         """State (B, 8), previous and next chunk (B, L, 7), next state (B, 8) at frame t of track k."""
@@ -274,7 +274,8 @@ class ChunkData:
         return [_stack(values, self.device) for values in zip(*(
             (track.states[t], self._previous(track, t), track.actions[t], track.states[t + 1]) for track, t in tracks))]
 
-    def _tasks(self, picks):
+    def tasks(self, picks) -> torch.Tensor:
+        """(B,) of every (k, t) in `picks`."""
         return torch.tensor([self.episodes[k].task_id for k, _ in picks], device=self.device)
 
     def _previous(self, track, t):

@@ -269,8 +269,7 @@ def train_probe(world, episodes, steps=400, size=32, seed=0) -> GripperProbe:
         picks = [data.frames[i] for i in torch.randint(len(data.frames), (size,), generator=generator)]
         images = torch.from_numpy(np.stack([data.tracks[k].images[t, 0] for k, t in picks]))
         states = torch.from_numpy(np.stack([data.tracks[k].states[t] for k, t in picks]))
-        cameras = world.cameras.of(torch.tensor([data.episodes[k].task_id for k, _ in picks]))
-        loss = F.smooth_l1_loss(probe(images), gripper_pixels(cameras, states, H))
+        loss = F.smooth_l1_loss(probe(images), gripper_pixels(world.cameras.of(data.tasks(picks)), states, H))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
