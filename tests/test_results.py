@@ -1,5 +1,6 @@
 """RESULTS.md says what the raw episodes beside it say."""
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,10 @@ ROOT = Path(__file__).parent.parent
 
 
 def read(folder):
-    return {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in sorted(folder.glob("*.jsonl"))}
+    """{policy: lines}; a variant of a seed (`..._seed1_rival`) is compared with that seed's cloned policy."""
+    cloned = ROOT / "results" / re.match(r".*_seed\d", folder.name)[0] / "cloned.jsonl"
+    paths = sorted({cloned, *folder.glob("*.jsonl")}, key=lambda path: path.stem)
+    return {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in paths}
 
 
 def tables(lines, **more):
