@@ -101,6 +101,8 @@ class Expert:
 
     def carry(self, name, region):
         """Up, over what is in the way, down, let go."""
+        if self.roofed(region):
+            return self.insert(name, region)
         goal, floor = self.landing(name, region)
         yaw = self.yaw() + self.misfit(name, region)
         below = self.position[2] - self.cloud[name][:, 2].min()  # how far the object hangs under the grip point
@@ -113,6 +115,24 @@ class Expert:
         target = self.over(place, below, aside - 0.01 if turned else 1, 0, ignore=name)
         self.may_push = aside > 0.06 and self.position[2] - below > self.support + 0.05
         return target, pointing(-UP, yaw), -1.0 if let_go else 1.0
+
+    def insert(self, name, region):
+        """Into what has a roof (a microwave): from the front, turned so that the hand, which is behind, stays outside."""
+        out, mouth, floor = self.mouth(region)
+        below = self.position[2] - self.cloud[name][:, 2].min()
+        inward = (self.cloud[name].min(axis=0) + self.cloud[name].max(axis=0))[:2] / 2 - self.position[:2]
+        turn = np.arctan2(-out[1], -out[0]) - np.arctan2(inward[1], inward[0])
+        turn = (turn + np.pi) % (2 * np.pi) - np.pi
+        place = mouth + 0.018 * out + (floor + below + 0.01) * UP
+        offset = self.position - place
+        ahead = offset @ out
+        aside = np.linalg.norm(offset - ahead * out)
+        self.may_push = ahead > 0.2 and self.position[2] - below > self.support + 0.05
+        target = place + 0.15 * np.clip(20 * (aside + 0.03 * abs(turn) - 0.01), 0, 1) * out
+        if abs(turn) > 0.3 or aside > 0.06:
+            target = self.over(place + 0.18 * out, below, aside, 0, ignore=name)
+        let_go = abs(turn) < 0.15 and aside < 0.02 and ahead < 0.006
+        return target, pointing(-UP - 0.7 * out, self.yaw() + np.clip(turn, -0.6, 0.6)), -1.0 if let_go else 1.0
 
     def push(self, name, region):
         """What cannot be gripped (a plate) is pushed at its rim, from inside, with closed fingers."""
@@ -134,7 +154,7 @@ class Expert:
         ahead = offset @ way
         aside = np.linalg.norm(offset - ahead * way)
         if wish == "close":
-            rotation = pointing(-UP - 0.7 * way, np.arctan2(way[1], way[0]))
+            rotation = pointing(-UP - 0.3 * way, np.arctan2(way[1], way[0]))
             target = handle + (0.1 * np.clip(20 * (aside - 0.03), 0, 1) - 0.05) * way
             if aside > 0.1 or ahead < -0.02:
                 target = self.over(handle + 0.1 * way, FINGERTIP, aside, 0)
@@ -199,14 +219,41 @@ class Expert:
 
     def landing(self, name, region) -> tuple[np.ndarray, float]:
         """Where the object's origin must go (2,) and how high its bottom will stand there."""
-        if region in self.things:
-            goal = self.origin(region)[:2]
-        else:
-            goal = self.data.get_site_xpos(region)[:2]
-        points, others = self.cloud[name], self.neighbours(name)
+        goal = (self.origin(region) if region in self.things else self.data.get_site_xpos(region))[:2]
+        sharing = [other for predicate, other, *where in self.goals if predicate == "on" and where == [region]]
+        if len(sharing) > 1:  # side by side
+            aside = (sharing.index(name) - (len(sharing) - 1) / 2) * self.world.object_sites_dict[region].size[0]
+            goal = goal + aside * self.data.get_site_xmat(region)[:2, 0]
+        points = self.cloud[name]
+        others = np.concatenate([cloud for other, cloud in self.cloud.items() if other not in (name, *sharing)])
         radius = np.abs(points[:, :2] - self.origin(name)[:2]).max()
         under = np.linalg.norm(others[:, :2] - goal, axis=1) < radius
         return goal, others[under, 2].max(initial=self.support)
+
+    def roofed(self, region) -> bool:
+        """Whether something of the region's own fixture is above it: one cannot come from there."""
+        site = self.world.object_sites_dict.get(region)
+        if site is None or site.joints or site.parent_name not in self.cloud:
+            return False
+        place, points = self.data.get_site_xpos(region), self.cloud[site.parent_name]
+        return bool(((np.abs(points - place)[:, :2].max(axis=1) < 0.02) & (points[:, 2] > place[2] + 0.05)).any())
+
+    def mouth(self, region):
+        """Of a roofed region: the way out of it (3,), the place (3,) at height 0 where its middle line passes the edge of
+        the roof, and the height of its floor."""
+        site = self.world.object_sites_dict[region]
+        place, axes = self.data.get_site_xpos(region), self.data.get_site_xmat(region)
+        offset = self.cloud[site.parent_name] - place
+        ways = axes[:, 0], -axes[:, 0], axes[:, 1], -axes[:, 1]
+        ahead = [offset @ way for way in ways]
+        beside = [np.linalg.norm(offset - far[:, None] * way, axis=1) < 0.05 for far, way in zip(ahead, ways)]
+        free = [far[near & (far > 0)].min(initial=1.0) for far, near in zip(ahead, beside)]
+        i = int(np.argmax(free))
+        out, side = ways[i], ways[(i + 2) % 4]
+        roof = (offset[:, 2] > 0.05) & (np.abs(offset @ side) < 0.05)
+        floor = (offset[:, 2] < 0) & (np.linalg.norm(offset[:, :2], axis=1) < 0.05)
+        place = place + ahead[i][roof].max() * out + (free[(i + 2) % 4] - free[(i + 2) % 4 ^ 1]) / 2 * side
+        return out, place * [1, 1, 0], offset[floor, 2].max() + self.data.get_site_xpos(region)[2]
 
     def handle(self, name):
         """Of a drawer, a door or a knob: the middle of its handle, the way that it moves when it is opened or turned
@@ -304,6 +351,15 @@ class Expert:
         cost = cost + 40 * np.where(held, u, 0).max(axis=0)  # thin parts: not the bent wall of a bowl, lengthwise
         cost = cost + 100 * blocked(u, v, z, height) + 100 * (height > top - 0.006)
         cost[:len(YAWS)] += 100 * (np.where(v < 0.03, u, 0)[:, :len(YAWS)].max(axis=0) > GRIP)  # the whole must fit
+        if self.roofed(region):  # the hand stays outside: the object must lie well ahead of it, the palm across
+            out, mouth, _ = self.mouth(region)
+            site = self.data.get_site_xpos(region)
+            depth = np.abs(self.data.get_site_xmat(region).T @ out) @ self.world.object_sites_dict[region].size
+            need = (mouth - site) @ out + 0.03 - depth
+            toward = self.origin(name)[:2] - centres[:, :2]
+            reach = np.linalg.norm(toward, axis=1)
+            across = np.abs(np.cos(yaws) * toward[:, 1] - np.sin(yaws) * toward[:, 0]) / np.maximum(reach, 0.01)
+            cost = cost + 100 * ((reach < need) | (across > 0.3))
         best = np.argsort(cost, kind="stable")[:100]
         u, v, z = in_hand(others[np.abs(others[:, :2] - middle[:2]).max(axis=1) < 0.2], centres[best], yaws[best])
         touched = np.maximum(height[best], palm_height(u, v, z)) > top[best] - 0.006  # rather the palm than the fingers

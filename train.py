@@ -337,7 +337,8 @@ def virtual_world(config, run, device):
     """The virtual environment, and start contexts drawn from recorded frames in which the task is not done."""
     training, _ = explored(config, run)
     start, mild = config.start, [episode for episode in training if episode.temperature <= config.start.hottest]
-    data = ChunkData(demonstrations(run) + mild, config.policy.chunk_size, device)
+    shown = demonstrations(run) if start.demonstrations or not mild else []
+    data = ChunkData(shown + mild, config.policy.chunk_size, device)
     pools = data.start_pools()
     failed = [[not episode.success.any() for episode in training if episode.task_id == task and episode.source == "explore"]
               for task in config.task_ids]

@@ -136,7 +136,7 @@ def test_expert_solves_a_fresh_placement_and_its_file_is_read_back(tmp_path, mon
 
 
 @pytest.mark.parametrize("suite, task_id, kind", [("libero_spatial", 2, "on"), ("libero_goal", 0, "open"),
-                                                  ("libero_goal", 7, "turnon")])
+                                                  ("libero_goal", 7, "turnon"), ("libero_10", 9, "close")])
 def test_expert_does_one_task_of_each_kind(suite, task_id, kind):
     task = LiberoTask(suite, task_id)
     try:

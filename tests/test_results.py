@@ -33,6 +33,8 @@ def test_every_table_follows_from_the_raw_episodes(run):
     assert len(rows) > 30 and not [row for row in rows if row not in (ROOT / "RESULTS.md").read_text()]
 
 
-def test_the_table_over_seeds_follows_too():
-    rows = tables({}, over_seeds=over_seeds({run.name: read(run) for run in sorted((ROOT / "results").glob("*_seed?"))}))
+@pytest.mark.parametrize("variant", ["", "_own"])
+def test_the_tables_over_seeds_follow_too(variant):
+    runs = sorted((ROOT / "results").glob(f"*_seed?{variant}"))
+    rows = tables({}, over_seeds=over_seeds({run.name: read(run) for run in runs}))
     assert len(rows) > 4 and not [row for row in rows if row not in (ROOT / "RESULTS.md").read_text()]

@@ -18,7 +18,7 @@ import train
 from episodes import Episode
 from intervals import wilson_interval
 from openvla_tiny import write_checkpoint
-from config import TrainConfig
+from config import StartConfig, TrainConfig
 from playing import grasp_retries
 from runs import clear_errors
 from vlm_tiny import tiny_encoder, tiny_vae, tiny_vlm
@@ -191,6 +191,20 @@ def test_only_training_episodes_that_grasp_are_taken_up_again_and_just_before_it
         start = len(context.prefix) // 8
         assert 2 <= start <= 4 and start * 8 + context.max_steps == 64  # to three chunks after frame 5
     assert len({len(context.prefix) for context in contexts}) == 2
+
+
+@pytest.mark.parametrize("settings, temperature, where", [
+    (StartConfig(), 1.0, {1.0}), (StartConfig(demonstrations=True), 1.0, {0.0, 1.0}), (StartConfig(), 4.0, {0.0})])
+def test_rl_starts_where_the_policy_itself_comes_to_and_elsewhere_if_told_or_if_it_has_explored_nothing_mild(
+        monkeypatch, settings, temperature, where):
+    played = explored_episode(temperature=temperature)
+    played.states[:, 0] = temperature
+    monkeypatch.setattr(train, "demonstrations", lambda run: [explored_episode()])
+    monkeypatch.setattr(train, "explored", lambda config, run: ([played], []))
+    monkeypatch.setattr(train, "load_world", lambda *_: (None, None))
+    monkeypatch.setattr(train, "VirtualEnv", lambda *_: None)
+    _, draw = train.virtual_world(TrainConfig(task_ids=(3,), start=settings), None, "cpu")
+    assert {float(start.state[0]) for start in draw(40, torch.Generator().manual_seed(0))} == where
 
 
 FEW = ["--clone.steps", 2, "--clone.batch_size", 2, "--ppo.iterations", 1, "--ppo.groups", 1, "--ppo.group_size", 2]
