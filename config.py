@@ -36,7 +36,7 @@ class StartConfig:
     contact: float = 0.9  # fraction that starts two to four chunks before the fingers first close (WoVR's keyframes)
     midway: float = 0.1  # fraction that starts at any later frame in which the task is not done
     hottest: float = 2.0  # only episodes explored at most at this temperature: in hotter ones the hand is often lost
-    demonstrations: bool = False  # start in the expert's states, too; most of what is recorded before a grasp is the expert's
+    demonstrations: bool = True  # start in demonstrations, too, whose states the policy itself seldom comes to
     focus: float = 1.0  # a task's share of the starts grows with its failures in exploration, to this power; 0: all alike
 
 

@@ -1,6 +1,6 @@
 """A scripted expert for LIBERO: a few skills, chosen by the task's own goal and the simulator's true state.
 
-    On, In       grasp -> carry -> (let go) retreat         the object into its region, or onto another object
+    On, In       grasp -> carry (under a roof: insert) -> (let go) retreat     the object into its region, or onto another
     Open, Close  slide                                      a drawer or a door, at its handle
     Turnon       turn                                       a stove's knob
 

@@ -194,8 +194,9 @@ def test_only_training_episodes_that_grasp_are_taken_up_again_and_just_before_it
 
 
 @pytest.mark.parametrize("settings, temperature, where", [
-    (StartConfig(), 1.0, {1.0}), (StartConfig(demonstrations=True), 1.0, {0.0, 1.0}), (StartConfig(), 4.0, {0.0})])
-def test_rl_starts_where_the_policy_itself_comes_to_and_elsewhere_if_told_or_if_it_has_explored_nothing_mild(
+    (StartConfig(), 1.0, {0.0, 1.0}), (StartConfig(demonstrations=False), 1.0, {1.0}),
+    (StartConfig(demonstrations=False), 4.0, {0.0})])
+def test_rl_starts_in_demonstrations_unless_told_not_to_and_something_mild_was_explored(
         monkeypatch, settings, temperature, where):
     played = explored_episode(temperature=temperature)
     played.states[:, 0] = temperature
