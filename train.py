@@ -7,7 +7,7 @@
 Every stage reads what earlier stages left under runs/<task>/ and leaves its own folder there. A finished stage is
 skipped; a killed run goes on where it was with the same command. To redo a stage, delete its folder and those after it.
 
-    python train.py --task libero_object                                   # everything, in an hour on two cores       
+    python train.py --task libero_object                                   # everything, in an hour on two cores
     python train.py --task libero_object --preset tiny                     # all stages on two tasks in minutes
     python train.py --task libero_object --stages imagine evaluate --ppo.clip_coef 0.2 --output_dir runs/clip02
 """
