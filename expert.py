@@ -348,7 +348,7 @@ class Expert:
         height = np.maximum(np.minimum(centres[:, 2], top - 0.012), self.support + FINGERTIP)
         height = np.maximum(height, palm_height(u, v, z))
         held = (u < GRIP) & (v < FINGER[1]) & (z > height - FINGERTIP)
-        cost = cost + 40 * np.where(held, u, 0).max(axis=0)  # thin parts: not the bent wall of a bowl, lengthwise
+        cost[len(YAWS):] += 40 * np.where(held, u, 0)[:, len(YAWS):].max(axis=0)  # thin parts: no bowl's wall lengthwise
         cost = cost + 100 * blocked(u, v, z, height) + 100 * (height > top - 0.006)
         cost[:len(YAWS)] += 100 * (np.where(v < 0.03, u, 0)[:, :len(YAWS)].max(axis=0) > GRIP)  # the whole must fit
         if self.roofed(region):  # the hand stays outside: the object must lie well ahead of it, the palm across
