@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import demonstrations
+from expert import Expert
 from geometry import Camera, Cameras
 from libero_env import RENDER_SIZE, LiberoTask
 from runs import UserError
@@ -143,5 +144,19 @@ def test_expert_does_one_task_of_each_kind(suite, task_id, kind):
         assert kind in [goal[0] for goal in task.env.env.parsed_problem["goal_state"]]
         rows = demonstrations.expert_episode(task, seed=0, render=False)
         assert rows is not None and rows["rewards"][-demonstrations.DONE_STEPS:].all() and not rows["rewards"][0]
+    finally:
+        task.close()
+
+
+def test_expert_grips_a_can_in_its_middle_for_at_its_edge_it_slips():
+    task = LiberoTask("libero_object", 0)
+    try:
+        task.reset(seed=0)
+        expert = Expert(task, np.random.default_rng(0))
+        expert.action()
+        (_, can, basket), = expert.goals
+        grip, _, free = expert.grip(can, basket)
+        points = expert.cloud[can][:, :2]
+        assert free and np.abs(grip[:2] - (points.min(0) + points.max(0)) / 2).max() < 0.005
     finally:
         task.close()
