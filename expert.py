@@ -210,9 +210,9 @@ class Expert:
         rotation = self.data.geom_xmat[geoms].reshape(-1, 3, 3)
         return self.data.geom_xpos[geoms] + (rotation @ local[..., None])[..., 0]
 
-    def neighbours(self, name) -> np.ndarray:
+    def neighbours(self, *names) -> np.ndarray:
         """(P, 3) points on everything else."""
-        return np.concatenate([points for other, points in self.cloud.items() if other != name])
+        return np.concatenate([points for other, points in self.cloud.items() if other not in names])
 
     def origin(self, name) -> np.ndarray:
         return self.data.get_body_xpos(self.things[name].root_body)
@@ -224,8 +224,7 @@ class Expert:
         if len(sharing) > 1:  # side by side
             aside = (sharing.index(name) - (len(sharing) - 1) / 2) * self.world.object_sites_dict[region].size[0]
             goal = goal + aside * self.data.get_site_xmat(region)[:2, 0]
-        points = self.cloud[name]
-        others = np.concatenate([cloud for other, cloud in self.cloud.items() if other not in (name, *sharing)])
+        points, others = self.cloud[name], self.neighbours(name, *sharing)
         radius = np.abs(points[:, :2] - self.origin(name)[:2]).max()
         under = np.linalg.norm(others[:, :2] - goal, axis=1) < radius
         return goal, others[under, 2].max(initial=self.support)
@@ -252,8 +251,8 @@ class Expert:
         out, side = ways[i], ways[(i + 2) % 4]
         roof = (offset[:, 2] > 0.05) & (np.abs(offset @ side) < 0.05)
         floor = (offset[:, 2] < 0) & (np.linalg.norm(offset[:, :2], axis=1) < 0.05)
-        place = place + ahead[i][roof].max() * out + (free[(i + 2) % 4] - free[(i + 2) % 4 ^ 1]) / 2 * side
-        return out, place * [1, 1, 0], offset[floor, 2].max() + self.data.get_site_xpos(region)[2]
+        edge = place + ahead[i][roof].max() * out + (free[(i + 2) % 4] - free[(i + 2) % 4 ^ 1]) / 2 * side
+        return out, edge * [1, 1, 0], place[2] + offset[floor, 2].max()
 
     def handle(self, name):
         """Of a drawer, a door or a knob: the middle of its handle, the way that it moves when it is opened or turned
