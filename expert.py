@@ -28,6 +28,7 @@ FINGER = np.array([0.06, 0.013])  # an open finger: how far it reaches across, h
 FINGER_DEPTH = 0.03  # from the grip point up to the palm
 FINGERTIP = 0.016  # from the grip point down to the tips
 PALM = np.array([0.105, 0.036])  # half its length, in the direction that the fingers open in, and depth
+REACH = 0.75  # of the hand from the robot's base; further out the arm is straight, and a straight arm does not bend again
 SPACING = 0.02  # between the points that stand for a collision shape
 
 
@@ -339,7 +340,9 @@ class Expert:
         centres, yaws, top = np.repeat(centres, len(YAWS), axis=0), np.tile(YAWS, len(centres)), np.repeat(top, len(YAWS))
         cost = 0.5 * np.abs(yaws) + 8 * np.linalg.norm(centres[:, :2] - middle[:2], axis=1)
         base = self.data.get_body_xpos("robot0_base")[:2]
-        cost = cost + 0.5 * np.linalg.norm(centres[:, :2] - base, axis=1) + 0.1 * centres[:, 1]  # of two alike, one
+        reach = np.linalg.norm(centres[:, :2] - base, axis=1)
+        cost = cost + 0.5 * reach + 0.1 * centres[:, 1]  # of two alike, one
+        cost = cost + 40 * np.maximum(reach - REACH, 0)
         if self.opening < CLOSING:  # what the fingers are about to hold
             turn = np.abs(np.sin(yaws - self.yaw()))
             cost = cost + 100 * (np.linalg.norm(centres[:, :2] - self.position[:2], axis=1) + 0.05 * turn)
@@ -356,9 +359,9 @@ class Expert:
             depth = np.abs(self.data.get_site_xmat(region).T @ out) @ self.world.object_sites_dict[region].size
             need = (mouth - site) @ out + 0.03 - depth
             toward = self.origin(name)[:2] - centres[:, :2]
-            reach = np.linalg.norm(toward, axis=1)
-            across = np.abs(np.cos(yaws) * toward[:, 1] - np.sin(yaws) * toward[:, 0]) / np.maximum(reach, 0.01)
-            cost = cost + 100 * ((reach < need) | (across > 0.3))
+            ahead = np.linalg.norm(toward, axis=1)
+            across = np.abs(np.cos(yaws) * toward[:, 1] - np.sin(yaws) * toward[:, 0]) / np.maximum(ahead, 0.01)
+            cost = cost + 100 * ((ahead < need) | (across > 0.3))
         best = np.argsort(cost, kind="stable")[:100]
         u, v, z = in_hand(others[np.abs(others[:, :2] - middle[:2]).max(axis=1) < 0.2], centres[best], yaws[best])
         touched = np.maximum(height[best], palm_height(u, v, z)) > top[best] - 0.006  # rather the palm than the fingers
