@@ -67,7 +67,7 @@ class TrainConfig:
     bf16: Literal["auto", "on", "off"] = "auto"  # train, and imagine pictures, in bfloat16; "auto": on a GPU
     compile: bool = False  # torch.compile the networks: minutes at the start of a stage, faster from then on
     policy: PolicyConfig = field(default_factory=PolicyConfig)
-    clone: FitConfig = field(default_factory=lambda: FitConfig(steps=2400, batch_size=32, lr=1e-3))
+    clone: FitConfig = field(default_factory=lambda: FitConfig(steps=1600, batch_size=32, lr=1e-3))
     explore: ExploreConfig = field(default_factory=ExploreConfig)
     world_model: WorldModelConfig = field(default_factory=lambda: WorldModelConfig(channels=(32, 64, 96)))
     simulate: FitConfig = field(default_factory=lambda: FitConfig(steps=1500, batch_size=16, lr=1e-3))
@@ -77,7 +77,7 @@ class TrainConfig:
     reflect: FitConfig = field(default_factory=lambda: FitConfig(steps=600, batch_size=32, lr=1e-3, weight_decay=0.1))
     virtual: VirtualEnvConfig = field(default_factory=VirtualEnvConfig)
     start: StartConfig = field(default_factory=StartConfig)
-    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(iterations=24))
+    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(iterations=40))
     check: CheckConfig = field(default_factory=CheckConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 

@@ -31,7 +31,7 @@ from geometry import Cameras
 from libero_env import NO_OP, RENDER_SIZE, LiberoTask, load_suite, shrink, step_limit
 from runs import UserError, clear_errors
 
-PUSH_RATE = 0.06  # probability, at a control step, that a burst of pushes starts
+PUSH_RATE = 0.06  # probability, at a control step, that a burst of (full) pushes starts
 DONE_STEPS = 9  # a demonstration ends when its goal has held this long: it shows what "done" looks like
 
 
@@ -52,14 +52,14 @@ def expert_episode(task, seed, disturb=True, render=True) -> dict | None:
     for _ in range(step_limit(task.suite)):
         action = expert.action()
         executed = action.copy()
-        if not expert.may_push:
+        if not expert.bears:
             pushes = 0
-        elif disturb and pushes == 0 and rng.random() < PUSH_RATE:
+        elif disturb and pushes == 0 and rng.random() < PUSH_RATE / expert.bears:  # the gentler, the more often
             pushes, push = rng.integers(2, 6), rng.normal(size=6)
             push[:3] *= rng.uniform(0.5, 1.5) / np.linalg.norm(push[:3])
             push[3:] *= 0.2
         if pushes:
-            executed[:6] += push
+            executed[:6] += expert.bears * push
             pushes -= 1
         rows.append(step_row(task, action, executed, render))
         held = held + 1 if rows[-1]["rewards"] else 0

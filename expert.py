@@ -29,11 +29,14 @@ FINGER_DEPTH = 0.03  # from the grip point up to the palm
 FINGERTIP = 0.016  # from the grip point down to the tips
 PALM = np.array([0.105, 0.036])  # half its length, in the direction that the fingers open in, and depth
 REACH = 0.75  # of the hand from the robot's base; further out the arm is straight, and a straight arm does not bend again
+CLOSE_ENOUGH = 0.006  # to close or open the fingers: they wait for the hand to stand still, so that a clone's may be late
+GENTLE = 0.35  # of a push, close to a grasp or a release: what is learned there is where exactly to go
 SPACING = 0.02  # between the points that stand for a collision shape
 
 
 class Expert:
-    """`action()` is what to do now. It sets `may_push`: False where a push ruins a grasp or a release."""
+    """`action()` is what to do now. It sets `bears`, how hard a push it bears: 1, GENTLE ones, or 0 where any would ruin
+    a grasp or a release."""
 
     def __init__(self, task, rng):
         self.task, self.world = task, task.env.env  # robosuite's environment, inside LIBERO's wrapper
@@ -54,7 +57,7 @@ class Expert:
         state = self.task.state().astype(np.float64)
         self.position, self.opening = state[:3], opening(state)
         self.rotation = Rotation.from_rotvec(state[3:6])
-        self.may_push = True
+        self.bears = 1.0
         self.cloud = {name: self.points(name) for name in self.shapes}
         target, rotation, gripper = self.skill()
         axis = self.rotation.apply(UP)  # the way that the hand points
@@ -94,8 +97,8 @@ class Expert:
         aside = np.linalg.norm(grip[:2] - self.position[:2]) + 0.05 * np.linalg.norm(self.turn_to(rotation))
         above = self.position[2] - grip[2]
         closing = self.opening < CLOSING  # once the fingers move, a small slip no longer opens them
-        reached = aside < (0.02 if closing else 0.01) and abs(above) < (0.02 if closing else 0.01)
-        self.may_push = above > 0.08
+        reached = max(aside, abs(above)) < (0.02 if closing else CLOSE_ENOUGH)
+        self.bears = 0.0 if reached else 1.0 if above > 0.08 else GENTLE
         if reached:
             return grip, rotation, 1.0
         return self.over(grip, FINGERTIP, aside - 0.008, self.support + self.hover), rotation, -1.0
@@ -112,9 +115,10 @@ class Expert:
         place[2] = max(floor + below + 0.01, palm + 0.01)
         aside = np.linalg.norm(place[:2] - self.position[:2])
         turned = abs(self.misfit(name, region)) < 0.1
-        let_go = turned and aside < 0.02 and self.position[2] < place[2] + 0.012
+        let_go = turned and aside < 2 * CLOSE_ENOUGH and self.position[2] < place[2] + CLOSE_ENOUGH
         target = self.over(place, below, aside - 0.01 if turned else 1, 0, ignore=name)
-        self.may_push = aside > 0.06 and self.position[2] - below > self.support + 0.05
+        far = aside > 0.06 and self.position[2] - below > self.support + 0.05
+        self.bears = 0.0 if let_go else 1.0 if far else GENTLE
         return target, pointing(-UP, yaw), -1.0 if let_go else 1.0
 
     def insert(self, name, region):
@@ -128,7 +132,7 @@ class Expert:
         offset = self.position - place
         ahead = offset @ out
         aside = np.linalg.norm(offset - ahead * out)
-        self.may_push = ahead > 0.2 and self.position[2] - below > self.support + 0.05
+        self.bears = float(ahead > 0.2 and self.position[2] - below > self.support + 0.05)
         target = place + 0.15 * np.clip(20 * (aside + 0.03 * abs(turn) - 0.01), 0, 1) * out
         if abs(turn) > 0.3 or aside > 0.06:
             target = self.over(place + 0.18 * out, below, aside, 0, ignore=name)
@@ -142,7 +146,7 @@ class Expert:
         middle = self.origin(name) * [1, 1, 0] + (self.support + FINGERTIP - 0.004) * UP
         offset = (self.position - middle) @ way
         aside = self.position - middle - offset * way
-        self.may_push = aside[2] > 0.06
+        self.bears = float(aside[2] > 0.06)
         if np.abs(aside[:2]).max() < 0.02 and aside[2] < 0.012 and -0.04 < offset < 0.07:
             return self.position + 0.06 * way - aside, pointing(-UP), 1.0
         return self.over(middle, FINGERTIP, np.linalg.norm((middle - self.position)[:2]) - 0.02, 0), pointing(-UP), 1.0
@@ -162,7 +166,7 @@ class Expert:
             return target, rotation, 1.0
         rotation = pointing(-way)
         reached = aside < 0.015 and ahead < (0.025 if self.opening < CLOSING else 0.01)
-        self.may_push = ahead > 0.08
+        self.bears = float(ahead > 0.08)
         if reached:
             pulling = self.opening < 0.03
             return handle + (0.06 if pulling else 0) * way, rotation, 1.0
@@ -178,14 +182,14 @@ class Expert:
         aside = np.linalg.norm(knob[:2] - self.position[:2]) + 0.05 * np.linalg.norm(self.turn_to(rotation))
         closing = self.opening < CLOSING
         reached = aside < (0.03 if closing else 0.01) and self.position[2] - knob[2] < 0.012
-        self.may_push = self.position[2] - knob[2] > 0.08
+        self.bears = float(self.position[2] - knob[2] > 0.08)
         if reached:
             return knob, pointing(-UP, yaw + (0.5 if self.opening < 0.04 else 0)), 1.0
         return self.over(knob, FINGERTIP, aside - 0.008, self.support + self.hover), rotation, -1.0
 
     def retreat(self):
         """Fingers open, straight up."""
-        self.may_push = False
+        self.bears = 0.0
         return np.array([*self.position[:2], self.support + self.hover + 0.1]), pointing(-UP, self.yaw()), -1.0
 
     def over(self, place, below, aside, least, ignore=None):

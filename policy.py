@@ -1,18 +1,20 @@
 """The policy: OpenVLA-OFT's structure (arXiv 2502.19645), World-Env's scale head, a size for two CPU cores.
 
-    two camera views ─► conv stem ──────► 2·16 tokens ┐
-    state (8) ────────► MLP ────────────► 1 token     ├─► bidirectional ─► states of  ─► action head ─► loc
-    instruction ──────► word embedding ─► N tokens    │   transformer      the L·A    ─► scale head ──► log b
-    L·A learned action tokens ────────────────────────┘   (one pass)       (B, L, A·D)   a ~ Laplace(loc, b)
+    two camera views ─► conv stem ◄─FiLM─┐ 2·16 tokens ┐
+    instruction ──────► word embedding ──┴ N tokens    ├─► bidirectional ─► states of ─► action head ─► loc
+    state (8) ────────► MLP ─────────────► 1 token     │   transformer      the L     ─► scale head ──► log b
+    L learned action tokens ───────────────────────────┘   (one pass)       (B, L, D)   a ~ Laplace(loc, b)
 
 One forward pass gives a whole chunk: `policy(obs)` returns one `ActionDistribution` that samples AND scores,
 in normalised action space; `policy.env_actions` turns its samples into environment units.
 
 Departures from OpenVLA-OFT and World-Env:
  1. The backbone is the same `LlamaModel` with `is_causal = False`, but small and trained from scratch. A conv
-    stem replaces DINOv2 + SigLIP, and a hashed word embedding the tokeniser: no file is downloaded.
- 2. Action tokens are learned embeddings (zeros in OFT, told apart by rotary position alone) and are read out
-    at their own positions (OFT reads them shifted by one, a left-over of next-token prediction).
+    stem replaces DINOv2 + SigLIP, and a hashed word embedding the tokeniser: no file is downloaded. The sentence
+    modulates the stem's channels (FiLM, as in OpenVLA-OFT+), so that it looks for what is named.
+ 2. One learned action token a control step (OFT: one a dimension, 56 of zeros, told apart by rotary position alone), read
+    out at its own position (OFT reads them shifted by one, a left-over of next-token prediction). A pass costs half as
+    much, and after as many steps the clone solves five times as many episodes (ABLATIONS.md).
  3. Augmentation is a random shift with repeated edges, so that there is nothing to crop at test time (OFT: a
     random 90 % crop, then a centre crop), and brightness, contrast and saturation (OFT: hue as well).
  4. log b lies in [-5, 0.5] (World-Env: [-2, 0.5]). Noise is independent at every control step, a random walk
@@ -175,9 +177,9 @@ def augment(images, config, generator):
 
 
 class ConvStem(nn.Module):
-    """One view (B, 3, H, W) -> grid² tokens (B, N, D). Both views share it.
+    """One view (B, 3, H, W) -> grid² tokens (B, N, D), seen with a sentence (B, D) in mind, or none. Both views share it.
 
-    Each step halves the map; the last one turns 2x2 cells of `stem_width` channels into a token, so the place
+    The sentence scales and shifts the channels of every map (FiLM, arXiv 1709.07871). Each step halves the map; the last one turns 2x2 cells of `stem_width` channels into a token, so the place
     of an edge inside its token's 16 pixels survives in the channels.
     """
 
@@ -189,12 +191,22 @@ class ConvStem(nn.Module):
         widths = [3] + [config.stem_width >> (steps - 2 - i) for i in range(steps - 1)]
         kernels = [5] + [3] * (steps - 2)
         self.blocks = nn.Sequential(*(
-            nn.Sequential(nn.Conv2d(n_in, n_out, k, 2, k // 2), nn.GroupNorm(1, n_out), nn.GELU())
+            nn.Sequential(nn.Conv2d(n_in, n_out, k, 2, k // 2), nn.GroupNorm(1, n_out))
             for n_in, n_out, k in zip(widths, widths[1:], kernels)))
+        self.film = nn.ModuleList(nn.Linear(config.width, 2 * n_out) for n_out in widths[1:])
+        for film in self.film:  # at first the words change nothing
+            nn.init.zeros_(film.weight), nn.init.zeros_(film.bias)
+        self.norm = nn.LayerNorm(config.width)
         self.patches = nn.Conv2d(widths[-1], config.width, 2, stride=2)
 
-    def forward(self, x):
-        return self.patches(self.blocks(x)).flatten(2).transpose(1, 2)
+    def forward(self, x, sentence=None):
+        for block, film in zip(self.blocks, self.film):
+            x = block(x)
+            if sentence is not None:
+                scale, shift = film(self.norm(sentence))[:, :, None, None].chunk(2, dim=1)  # (B, channels, 1, 1) each
+                x = x * (1 + scale) + shift
+            x = nn.functional.gelu(x)
+        return self.patches(x).flatten(2).transpose(1, 2)
 
 
 class ResidualBlock(nn.Module):
@@ -231,17 +243,17 @@ class Policy(nn.Module):
     def __init__(self, config: PolicyConfig, normalizer: Normalizer):
         super().__init__()
         self.config, self.normalizer = config, normalizer
-        D, slots = config.width, config.chunk_size * config.action_dim
+        D = config.width
         self.stem = ConvStem(config)
         self.view_position = nn.Parameter(0.02 * torch.randn(config.views, config.grid ** 2, D))
         self.proprio_projector = nn.Sequential(nn.Linear(config.state_dim, D), nn.GELU(), nn.Linear(D, D))
-        self.action_tokens = nn.Parameter(0.02 * torch.randn(slots, D))
+        self.action_tokens = nn.Parameter(0.02 * torch.randn(config.chunk_size, D))
         self.backbone = LlamaModel(LlamaConfig(
             vocab_size=config.vocab_size, pad_token_id=0, hidden_size=D, num_hidden_layers=config.layers,
             intermediate_size=int(config.mlp_ratio * D), num_attention_heads=config.attention_heads,
             is_causal=False))
-        self.action_head = MLPResNet(config.action_dim * D, D, config.action_dim)
-        self.scale_head = MLPResNet(config.action_dim * D, D, config.action_dim)
+        self.action_head = MLPResNet(D, D, config.action_dim)
+        self.scale_head = MLPResNet(D, D, config.action_dim)
         nn.init.constant_(self.scale_head.linear_out.bias, config.log_scale_init)
 
     @property
@@ -253,21 +265,23 @@ class Policy(nn.Module):
         return self.heads(features, features)
 
     def features(self, images, state, instruction):
-        """Images float in [-1, 1], state as it comes -> hidden states of the action tokens (B, L, A·D)."""
+        """Images float in [-1, 1], state as it comes -> hidden states of the action tokens (B, L, D)."""
         B, V, C, H, W = images.shape
-        views = self.stem(images.flatten(0, 1)).unflatten(0, (B, V)) + self.view_position   # (B, V, 16, D)
-        state = self.normalizer.normalize_state(state.to(self.device))
-        proprio = self.proprio_projector(state)[:, None]                                    # (B, 1, D)
         ids, is_word = tokenize(instruction, self.config.vocab_size, self.device)
         words = self.backbone.embed_tokens(ids)                                             # (B, N, D)
-        slots = self.action_tokens.expand(B, -1, -1)                                        # (B, L·A, D)
+        sentence = (words * is_word[..., None]).sum(1)                                      # (B, D)
+        views = self.stem(images.flatten(0, 1), sentence.repeat_interleave(V, dim=0))       # (B·V, 16, D)
+        views = views.unflatten(0, (B, V)) + self.view_position                             # (B, V, 16, D)
+        state = self.normalizer.normalize_state(state.to(self.device))
+        proprio = self.proprio_projector(state)[:, None]                                    # (B, 1, D)
+        slots = self.action_tokens.expand(B, -1, -1)                                        # (B, L, D)
         tokens = torch.cat([views.flatten(1, 2), proprio, words, slots], dim=1)
         n_before, n_after = V * views.shape[2] + 1, slots.shape[1]
-        mask = nn.functional.pad(is_word.long(), (n_before, n_after), value=1)             # (B, 33 + N + L·A)
+        mask = nn.functional.pad(is_word.long(), (n_before, n_after), value=1)             # (B, 33 + N + L)
         # Positions count valid tokens, so padding neither is seen nor moves what follows it.
         hidden = self.backbone(inputs_embeds=tokens, attention_mask=mask, position_ids=mask.cumsum(1) - 1,
                                use_cache=False).last_hidden_state
-        return hidden[:, -n_after:].reshape(B, self.config.chunk_size, -1)                  # (B, L, A·D)
+        return hidden[:, -n_after:]                                                         # (B, L, D)
 
     def heads(self, loc_features, scale_features) -> ActionDistribution:
         with torch.autocast(self.device.type, enabled=False):
