@@ -140,6 +140,23 @@ def test_every_input_reaches_every_action(key):
     assert ((policy(changed).loc - policy(obs).loc).abs().amax((0, 2)) > 1e-5).all()
 
 
+def test_stem_learns_to_look_for_what_is_named():
+    """At first a sentence changes nothing that the stem sees; after one step of cloning it does."""
+    policy, batch, images = make_policy(), make_batch(2), torch.rand(1, 3, 64, 64)
+    batch["instruction"] = ["pick up the milk", "open the cabinet"]
+
+    def difference():
+        words = policy.backbone.embed_tokens(tokenize(batch["instruction"], policy.config.vocab_size)[0]).sum(1)
+        milk, cabinet = (policy.stem(images, sentence[None]) for sentence in words)
+        return (milk - cabinet).abs().max().item()
+
+    assert difference() == 0 and torch.equal(policy.stem(images), policy.stem(images, torch.zeros(1, policy.config.width)))
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
+    clone_loss(policy, batch, generator())[0].backward()
+    optimizer.step()
+    assert difference() > 1e-2
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("image_size", [64, 128])
 def test_shapes_and_range(image_size):
