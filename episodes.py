@@ -160,6 +160,13 @@ def first_closing(states) -> int | None:
     return int(closing[0]) if len(closing) else None
 
 
+def first_opening(states) -> int | None:
+    """The first of the frames `states` (T, 8), after the fingers have begun to close, in which they are open again."""
+    closing = first_closing(states)
+    opened = np.flatnonzero(opening(states[closing:]) >= CLOSING) if closing is not None else []
+    return closing + int(opened[0]) if len(opened) else None
+
+
 def undecided(track: Chunked) -> np.ndarray:
     """(T,) bool: chunks that close the fingers, while these are open or still on the move: what will they hold?"""
     apart = opening(track.states)  # (T+1,) m
@@ -301,15 +308,18 @@ class ChunkData:
 
     def start_pools(self) -> dict[tuple[str, int], list]:
         """Frames to start from, by kind and task: first ones ("opening"), those two to four chunks before the fingers
-        first close ("contact"), and all later ones ("midway"); only where the task is not done and was not."""
-        pools, closings = {}, [first_closing(track.states) for track in self.tracks]
+        first close ("contact") or open again ("release"), and all later ones ("midway"); only where the task is not done
+        and was not."""
+        pools = {}
+        moments = [{"contact": first_closing(track.states), "release": first_opening(track.states)} for track in self.tracks]
         for k, t in self.index:
             task = self.episodes[k].task_id
             if self.tracks[k].success[:t + 1].any():
                 continue
             pools.setdefault(("midway" if t else "opening", task), []).append((k, t))
-            if closings[k] is not None and 2 <= closings[k] - t <= 4:
-                pools.setdefault(("contact", task), []).append((k, t))
+            for kind, moment in moments[k].items():
+                if moment is not None and 2 <= moment - t <= 4:
+                    pools.setdefault((kind, task), []).append((k, t))
         return pools
 
 

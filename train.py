@@ -343,9 +343,10 @@ def virtual_world(config, run, device):
     failed = [[not episode.success.any() for episode in training if episode.task_id == task and episode.source == "explore"]
               for task in config.task_ids]
     share = torch.tensor([((sum(values) + 1) / (len(values) + 2)) ** start.focus for values in failed])
-    if start.midway + start.contact > 1:
-        raise UserError("--start.midway and --start.contact are fractions of the starts: their sum must not be above 1")
-    kinds = {"opening": 1 - start.midway - start.contact, "midway": start.midway, "contact": start.contact}
+    kinds = {name: getattr(start, name) for name in ("midway", "contact", "release")}
+    if sum(kinds.values()) > 1 + 1e-6:
+        raise UserError("--start.midway, .contact and .release are fractions of the starts: their sum must not be above 1")
+    kinds["opening"] = max(0.0, 1 - sum(kinds.values()))
 
     def draw(count, generator) -> list[StartContext]:
         tasks = torch.multinomial(share, count, replacement=True, generator=generator).tolist()

@@ -117,12 +117,14 @@ def test_a_chunk_that_runs_over_the_end_is_marked_invalid(stride):
     assert torch.allclose(actions, start, atol=1e-4)
 
 
-def test_rollouts_start_before_contact_inside_episodes_and_at_their_openings():
+def test_rollouts_start_before_contact_and_release_inside_episodes_and_at_their_openings():
     episode = make_episode(steps=64, stride=8)  # done from frame 7 on
     episode.states[:] = np.where(np.arange(9) < 5, 0.08, 0.0)[:, None] * np.eye(8)[6]  # the fingers are closed from frame 5 on
     pools = ChunkData([episode], 8, "cpu").start_pools()
     assert pools == {("opening", 3): [(0, 0)], ("midway", 3): [(0, t) for t in range(1, 7)],
                      ("contact", 3): [(0, 1), (0, 2), (0, 3)]}
+    episode.states[6:, 6] = 0.08  # and open again from frame 6 on
+    assert ChunkData([episode], 8, "cpu").start_pools() == pools | {("release", 3): [(0, 2), (0, 3), (0, 4)]}
 
 
 def test_normalising_is_undone_and_leaves_the_gripper_alone():
