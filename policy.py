@@ -179,8 +179,9 @@ def augment(images, config, generator):
 class ConvStem(nn.Module):
     """One view (B, 3, H, W) -> grid² tokens (B, N, D), seen with a sentence (B, D) in mind, or none. Both views share it.
 
-    The sentence scales and shifts the channels of every map (FiLM, arXiv 1709.07871). Each step halves the map; the last one turns 2x2 cells of `stem_width` channels into a token, so the place
-    of an edge inside its token's 16 pixels survives in the channels.
+    The sentence scales and shifts the channels of every map (FiLM, arXiv 1709.07871). Each step halves the map; the
+    last one turns 2x2 cells of `stem_width` channels into a token, so the place of an edge inside its token's 16 pixels
+    survives in the channels.
     """
 
     def __init__(self, config):
