@@ -334,7 +334,7 @@ def stability(world, reflector, episodes, virtual, noises=8) -> dict:
 def check_trust(world: dict, reflector: dict, least_auroc=0.8):
     """UserError where RL would learn in a world that does not follow its actions, or is paid by a blind reflector.
 
-    world: `horizon_errors`; reflector: {"imagined": `reflector_quality`}; both of held-out episodes.
+    world: `horizon_errors`; reflector: {"imagined": `reflector_quality` | {"outcome": `agreement`}}; of held-out episodes.
     """
     remedy = "more exploration (--explore.episodes) or training helps; --trust_world goes on all the same"
     for view in VIEWS:
@@ -345,6 +345,10 @@ def check_trust(world: dict, reflector: dict, least_auroc=0.8):
     score = reflector["imagined"]["auroc"]
     if score is None or score < least_auroc:
         raise UserError(f"the reflector cannot be trusted: its AUROC on imagined frames is {score}, below {least_auroc}: "
+                        f"{remedy}")
+    missed = reflector["imagined"]["outcome"]["missed_success"]
+    if missed["count"] == missed["of"]:
+        raise UserError(f"the reflector cannot be trusted: it takes none of the {missed['of']} held-out successes for one: "
                         f"{remedy}")
 
 

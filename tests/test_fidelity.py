@@ -150,11 +150,13 @@ def test_the_probe_answers_in_pixels_of_the_picture():
 def test_rl_is_refused_in_a_world_that_does_not_follow_its_actions(change, words):
     world = {f"psnr_{view}_1_{kind}": value for view in ("agentview", "wrist")
              for kind, value in (("predicted", 25.0), ("still", 20.0), ("shuffled", 19.0))} | change
+    quality = lambda auroc, found: {"imagined": {"auroc": auroc, "outcome": agreement(
+        [True] * found + [False] * (7 - found), [True] * 7)}}
     if words is None:
-        check_trust(world, {"imagined": {"auroc": 0.9}})
-        for auroc in (None, 0.7):
+        check_trust(world, quality(0.9, 1))
+        for reflector in (quality(None, 1), quality(0.7, 1), quality(0.94, 0)):  # the last never pays
             with pytest.raises(UserError, match="--trust_world"):
-                check_trust(world, {"imagined": {"auroc": auroc}})
+                check_trust(world, reflector)
     else:
         with pytest.raises(UserError, match=words):
-            check_trust(world, {"imagined": {"auroc": 0.9}})
+            check_trust(world, quality(0.9, 1))
