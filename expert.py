@@ -29,7 +29,6 @@ FINGER_DEPTH = 0.03  # from the grip point up to the palm
 FINGERTIP = 0.016  # from the grip point down to the tips
 PALM = np.array([0.105, 0.036])  # half its length, in the direction that the fingers open in, and depth
 REACH = 0.75  # of the hand from the robot's base; further out the arm is straight, and a straight arm does not bend again
-CLOSE_ENOUGH = 0.006  # to close or open the fingers: they wait for the hand to stand still, so that a clone's may be late
 GENTLE = 0.35  # of a push, close to a grasp or a release: what is learned there is where exactly to go
 SPACING = 0.02  # between the points that stand for a collision shape
 
@@ -97,7 +96,7 @@ class Expert:
         aside = np.linalg.norm(grip[:2] - self.position[:2]) + 0.05 * np.linalg.norm(self.turn_to(rotation))
         above = self.position[2] - grip[2]
         closing = self.opening < CLOSING  # once the fingers move, a small slip no longer opens them
-        reached = max(aside, abs(above)) < (0.02 if closing else CLOSE_ENOUGH)
+        reached = max(aside, abs(above)) < (0.02 if closing else 0.01)
         self.bears = 0.0 if reached else 1.0 if above > 0.08 else GENTLE
         if reached:
             return grip, rotation, 1.0
@@ -115,7 +114,7 @@ class Expert:
         place[2] = max(floor + below + 0.01, palm + 0.01)
         aside = np.linalg.norm(place[:2] - self.position[:2])
         turned = abs(self.misfit(name, region)) < 0.1
-        let_go = turned and aside < 2 * CLOSE_ENOUGH and self.position[2] < place[2] + CLOSE_ENOUGH
+        let_go = turned and aside < 0.02 and self.position[2] < place[2] + 0.012
         target = self.over(place, below, aside - 0.01 if turned else 1, 0, ignore=name)
         far = aside > 0.06 and self.position[2] - below > self.support + 0.05
         self.bears = 0.0 if let_go else 1.0 if far else GENTLE
