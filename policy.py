@@ -201,10 +201,11 @@ class ConvStem(nn.Module):
         self.patches = nn.Conv2d(widths[-1], config.width, 2, stride=2)
 
     def forward(self, x, sentence=None):
+        words = None if sentence is None else self.norm(sentence)
         for block, film in zip(self.blocks, self.film):
             x = block(x)
-            if sentence is not None:
-                scale, shift = film(self.norm(sentence))[:, :, None, None].chunk(2, dim=1)  # (B, channels, 1, 1) each
+            if words is not None:
+                scale, shift = film(words)[:, :, None, None].chunk(2, dim=1)  # (B, channels, 1, 1) each
                 x = x * (1 + scale) + shift
             x = nn.functional.gelu(x)
         return self.patches(x).flatten(2).transpose(1, 2)
