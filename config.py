@@ -25,7 +25,7 @@ class ExploreConfig:
     episodes: int = 16  # episodes a task
     held_out: int = 3  # of these, the first ones: nothing is trained on them, they measure simulator and reflector
     temperatures: tuple[float, ...] = (1.0, 2.0, 4.0)  # taken in turn, they multiply the cloned policy's Laplace scale b
-    retries: int = 2  # times that an episode to train on is taken up again shortly before its fingers first closed
+    retries: int = 2  # times that a training episode is taken up again before its fingers first closed, and first opened
     linger: int = 3  # chunks to go on after the goal is reached, so that there are frames of a task that is done
     mesh_cell: float = 0.006  # m; vertices closer than this are merged in demonstrations and exploration (0: never)
 

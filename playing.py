@@ -19,23 +19,24 @@ import torch
 from tqdm import tqdm
 
 from distributed import gather, rank, shard, world_size
-from episodes import Episode, first_closing
+from episodes import Episode, first_closing, first_opening
 from libero_env import LiberoContext, LiberoVectorEnv
 from ppo import rollout
 from runs import read_log, step_generator
 
 
-def grasp_retries(episodes, config) -> list[LiberoContext]:
-    """The training episodes again, from one to three chunks before their fingers first closed to three chunks after."""
-    contexts, L = [], config.policy.chunk_size
+def second_tries(episodes, config) -> list[LiberoContext]:
+    """The training episodes again, from one to three chunks before their fingers first closed, and before they opened
+    again, to three chunks after: these moments decide an episode, and take a fraction of its time."""
+    contexts, L, retries = [], config.policy.chunk_size, config.explore.retries
     for number, episode in enumerate(episodes):
-        closing = first_closing(episode.states)
-        if not closing or episode.seed % 1000 < config.explore.held_out:
+        if episode.seed % 1000 < config.explore.held_out:
             continue
-        for take in range(1, 1 + config.explore.retries):
-            start = max(0, closing - 1 - (number + take) % 3)
-            contexts.append(LiberoContext(episode.task_id, episode.seed, prefix=episode.actions[:start * L], take=take,
-                                          max_steps=(closing + 3 - start) * L))
+        for kind, moment in enumerate((first_closing(episode.states), first_opening(episode.states))):
+            for take in range(1, 1 + retries) if moment else ():
+                start = max(0, moment - 1 - (number + take) % 3)
+                contexts.append(LiberoContext(episode.task_id, episode.seed, prefix=episode.actions[:start * L],
+                                              take=take + kind * retries, max_steps=(moment + 3 - start) * L))
     return contexts
 
 

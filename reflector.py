@@ -10,7 +10,7 @@ by binary cross-entropy on per-frame success labels. In imagination it pays the 
             stem, stride 4                           |
        residual blocks at 16x16, 8x8  <--- FiLM -----+
                   |                                  |
-         flatten to a vector  ----- concatenate -----+
+      largest value anywhere  ---- concatenate ------+
                   |                    <- FrameEncoder ends here; VLMEncoder takes its place on request
                   + <--- MLP --- how far the fingers were apart in the last 8 frames
                   |
@@ -128,14 +128,13 @@ class FrameEncoder(nn.Module):
     def __init__(self, config: ReflectorConfig):
         super().__init__()
         self.vocabulary = config.vocabulary
-        C, D, grid = config.channels, config.width, config.image_size // 8
+        C, D = config.channels, config.width
         self.words = nn.Embedding(config.vocabulary, D, padding_idx=0)
         self.stem = nn.Conv2d(3 * config.views * 3, C, 6, stride=4, padding=1)
         self.block1 = FilmBlock(C, D)
         self.down = nn.Conv2d(C, 2 * C, 3, stride=2, padding=1)
         self.block2 = FilmBlock(2 * C, D)
-        self.squeeze = nn.Conv2d(2 * C, 16, 1)  # few channels, every place: WHERE a thing lies matters
-        self.out = nn.Linear(16 * grid * grid + D, D)
+        self.out = nn.Linear(2 * C + D, D)
 
     def forward(self, first: Tensor, previous: Tensor, current: Tensor, instruction: list[str]) -> Tensor:
         words = hash_words(instruction, self.vocabulary).to(current.device)
@@ -144,8 +143,8 @@ class FrameEncoder(nn.Module):
         x = torch.stack([first, previous, current], dim=1).flatten(1, 3)  # (N, 3*V*3, H, W)
         x = self.stem(to_float(x))  # (N, C, H/4, W/4)
         x = self.down(self.block1(x, text))  # (N, 2C, H/8, W/8)
-        x = self.squeeze(F.relu(self.block2(x, text))).flatten(1)  # (N, 16*H/8*W/8)
-        return self.out(torch.cat([F.relu(x), text], dim=1))  # (N, D)
+        x = F.relu(self.block2(x, text)).amax(dim=(2, 3))  # (N, 2C): a bowl on its plate is one wherever both are
+        return self.out(torch.cat([x, text], dim=1))  # (N, D)
 
 
 class VLMEncoder(nn.Module):

@@ -37,7 +37,7 @@ from intervals import proportion, summarize
 from libero_env import LiberoContext, LiberoVectorEnv, load_suite, step_limit
 from openvla import load_policy, pretrained_policy
 from openvla_memory import check_training
-from playing import control_steps, grasp_retries, play, read_lines
+from playing import control_steps, play, read_lines, second_tries
 from policy import Policy, clone_loss
 from ppo import add_lora, improve, make_optimizer, merge_lora
 from reflector import Reflector, calibrate, reflector_loss
@@ -165,7 +165,7 @@ def fit_clone(name, policy, data, config, run, folder, device):
 def explore(config, run, folder, device):
     """The cloned policy acts in the true simulator with a ~ Laplace(loc, b * temperature); everything is kept.
 
-    Then episodes are taken up again shortly before their first grasp: it decides them, and takes a fifth of their time.
+    Then episodes are taken up again shortly before their first grasp and their first release, which decide them.
     """
     policy, first = first_policy(config, run, device), 100_000 * (config.seed + 1)
     if config.refresh:  # its episodes are kept; the new ones open another thousand
@@ -180,7 +180,7 @@ def explore(config, run, folder, device):
                           linger=config.explore.linger, mesh_cell=config.explore.mesh_cell, device=device)
     try:
         lines = play(policy, env, contexts, folder, "explore", config.seed, temperatures)
-        retries = grasp_retries([Episode.load(folder / line["file"]) for line in lines], config)
+        retries = second_tries([Episode.load(folder / line["file"]) for line in lines], config)
         play(policy, env, retries, folder, "retry", config.seed, [heat[context.take % len(heat)] for context in retries])
     finally:
         env.close()

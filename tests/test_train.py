@@ -19,7 +19,7 @@ from episodes import Episode
 from intervals import wilson_interval
 from openvla_tiny import write_checkpoint
 from config import StartConfig, TrainConfig
-from playing import grasp_retries
+from playing import second_tries
 from runs import clear_errors
 from vlm_tiny import tiny_encoder, tiny_vae, tiny_vlm
 
@@ -181,16 +181,18 @@ def explored_episode(**fields):
     return Episode(**values | fields)
 
 
-def test_only_training_episodes_that_grasp_are_taken_up_again_and_just_before_it():
-    never, held_out = np.zeros((9, 8), np.float32), 100_002
+def test_training_episodes_are_taken_up_again_just_before_they_grasp_and_let_go():
+    never, held_out, let_go = np.zeros((9, 8), np.float32), 100_002, explored_episode(seed=100_010)
     never[:, 6] = 0.08
-    episodes = [explored_episode(), explored_episode(states=never), explored_episode(seed=held_out)]
-    contexts = grasp_retries(episodes, TrainConfig())
-    assert [(context.task_id, context.seed, context.take) for context in contexts] == [(3, 100_009, 1), (3, 100_009, 2)]
-    for context in contexts:
+    let_go.states[7:, 6] = 0.08
+    episodes = [explored_episode(), explored_episode(states=never), explored_episode(seed=held_out), let_go]
+    contexts = second_tries(episodes, TrainConfig())
+    expected = [(100_009, 1, 5), (100_009, 2, 5), (100_010, 1, 5), (100_010, 2, 5), (100_010, 3, 7), (100_010, 4, 7)]
+    assert [(context.seed, context.take) for context in contexts] == [row[:2] for row in expected]
+    for context, (_, _, moment) in zip(contexts, expected):
         start = len(context.prefix) // 8
-        assert 2 <= start <= 4 and start * 8 + context.max_steps == 64  # to three chunks after frame 5
-    assert len({len(context.prefix) for context in contexts}) == 2
+        assert moment - 3 <= start <= moment - 1 and start * 8 + context.max_steps == 8 * (moment + 3)
+    assert len({len(context.prefix) for context in contexts[:2]}) == 2
 
 
 @pytest.mark.parametrize("settings, temperature, where", [
