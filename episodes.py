@@ -235,6 +235,8 @@ class ChunkData:
         self.frames = [(k, t) for k, track in enumerate(self.tracks) for t in range(len(track.images))]
         self.index = [(k, t) for k, t in self.frames if t < len(self.tracks[k].actions)]  # frames with a successor
         self.grasping = [(k, t) for k, track in enumerate(self.tracks) for t in np.flatnonzero(undecided(track)).tolist()]
+        opened = [first_opening(track.states) for track in self.tracks]
+        self.letting_go = [(k, t) for k, t in self.frames if opened[k] is not None and 0 <= t - opened[k] <= 3]
 
     def world_batch(self, size, generator, transitions=1024) -> dict:
         """What the world simulator learns from: `size` next pictures, and many more steps of the hand, which are cheap.
@@ -289,8 +291,13 @@ class ChunkData:
         return track.actions[t - 1] if t else np.zeros((self.chunk_size, 7), np.float32)
 
     def frame_batch(self, size, generator) -> dict:
-        """Frames (first, previous, current) for the reflector, drawn evenly, so that its probabilities are calibrated."""
-        picks = [self.frames[i] for i in torch.randint(len(self.frames), (size,), generator=generator)]
+        """Frames (first, previous, current) for the reflector.
+
+        Half of them are from around the fingers' opening again, a sixth of all, where it is decided whether the task is
+        done. As in `grasp_batch`, the network is shown what they are chosen by, so its probabilities stay the same.
+        """
+        half = self._draw(size // 2, generator, self.letting_go or self.frames)
+        picks = half + self._draw(size - len(half), generator, self.frames)
         frames = [self.tracks[k].images[[0, max(t - 1, 0), t]] for k, t in picks]
         fingers = [finger_history(torch.from_numpy(self.tracks[k].states[:t + 1]))[[0, max(t - 1, 0), t]] for k, t in picks]
         return {

@@ -105,6 +105,15 @@ def test_a_reflector_batch_draws_all_frames_evenly_and_labels_the_last_of_three(
     assert batch["fingers"].shape == (600, 3, 8) and not batch["fingers"].any()  # as in these states
 
 
+def test_half_of_a_reflector_batch_is_from_where_the_fingers_have_just_opened():
+    episode = make_episode(steps=160, stride=8)
+    episode.states[:] = np.where((np.arange(21) < 5) | (np.arange(21) > 9), 0.08, 0.0)[:, None] * np.eye(8)[6]
+    batch = ChunkData([episode], 8, "cpu").frame_batch(2000, torch.Generator().manual_seed(0))
+    frame = batch["frames"][:, 2, 0, 0, 0, 0] // 8
+    assert 1080 < ((frame >= 10) & (frame <= 13)).sum() < 1300  # half, and 4 of 21 of the other half
+    assert (torch.bincount(frame, minlength=21)[[0, 4, 9, 14, 20]] > 20).all()
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_chunk_that_runs_over_the_end_is_marked_invalid(stride):
     episode = make_episode(steps=10, stride=stride)
