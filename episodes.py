@@ -293,8 +293,8 @@ class ChunkData:
     def frame_batch(self, size, generator) -> dict:
         """Frames (first, previous, current) for the reflector.
 
-        Half of them are from around the fingers' opening again, a sixth of all, where it is decided whether the task is
-        done. As in `grasp_batch`, the network is shown what they are chosen by, so its probabilities stay the same.
+        Half of them are from the three chunks after the fingers opened again (a tenth of all frames, or less): there it is
+        decided whether the task is done. As in `grasp_batch`, the network is shown what they are chosen by.
         """
         half = self._draw(size // 2, generator, self.letting_go or self.frames)
         picks = half + self._draw(size - len(half), generator, self.frames)
