@@ -334,7 +334,8 @@ def stability(world, reflector, episodes, virtual, noises=8) -> dict:
 def check_trust(world: dict, reflector: dict, least_auroc=0.8):
     """UserError where RL would learn in a world that does not follow its actions, or is paid by a blind reflector.
 
-    world: `horizon_errors`; reflector: {"imagined": `reflector_quality` | {"outcome": `agreement`}}; of held-out episodes.
+    world: `horizon_errors`; reflector: {"true", "imagined": `reflector_quality` | {"outcome": `agreement`}}; of held-out
+    episodes.
     """
     remedy = "more exploration (--explore.episodes) or training helps; --trust_world goes on all the same"
     for view in VIEWS:
@@ -346,10 +347,11 @@ def check_trust(world: dict, reflector: dict, least_auroc=0.8):
     if score is None or score < least_auroc:
         raise UserError(f"the reflector cannot be trusted: its AUROC on imagined frames is {score}, below {least_auroc}: "
                         f"{remedy}")
-    missed = reflector["imagined"]["outcome"]["missed_success"]
-    if missed["count"] == missed["of"]:
-        raise UserError(f"the reflector cannot be trusted: it takes none of the {missed['of']} held-out successes for one: "
-                        f"{remedy}")
+    imagined, true = (reflector[frames]["outcome"]["missed_success"] for frames in ("imagined", "true"))
+    if imagined["count"] == imagined["of"]:
+        at_fault = "reflector" if true["count"] == true["of"] else "world simulator"
+        raise UserError(f"the {at_fault} cannot be trusted: of {true['of']} held-out successes none is one in imagination, "
+                        f"{true['of'] - true['count']} are on true frames: {remedy}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

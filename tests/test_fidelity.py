@@ -150,13 +150,15 @@ def test_the_probe_answers_in_pixels_of_the_picture():
 def test_rl_is_refused_in_a_world_that_does_not_follow_its_actions(change, words):
     world = {f"psnr_{view}_1_{kind}": value for view in ("agentview", "wrist")
              for kind, value in (("predicted", 25.0), ("still", 20.0), ("shuffled", 19.0))} | change
-    quality = lambda auroc, found: {"imagined": {"auroc": auroc, "outcome": agreement(
-        [True] * found + [False] * (7 - found), [True] * 7)}}
+    def quality(auroc, found, on_true_frames=7):
+        return {frames: {"auroc": auroc, "outcome": agreement([True] * count + [False] * (7 - count), [True] * 7)}
+                for frames, count in (("imagined", found), ("true", on_true_frames))}
     if words is None:
         check_trust(world, quality(0.9, 1))
-        for reflector in (quality(None, 1), quality(0.7, 1), quality(0.94, 0)):  # the last never pays
-            with pytest.raises(UserError, match="--trust_world"):
-                check_trust(world, reflector)
+        for reflector, at_fault in ((quality(None, 1), "reflector"), (quality(0.7, 1), "reflector"),
+                                    (quality(0.94, 0, 0), "reflector"), (quality(0.94, 0), "world simulator")):
+            with pytest.raises(UserError, match=f"the {at_fault} cannot be trusted.*--trust_world"):
+                check_trust(world, reflector)  # the last two never pay
     else:
         with pytest.raises(UserError, match=words):
             check_trust(world, quality(0.9, 1))
