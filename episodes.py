@@ -237,13 +237,16 @@ class ChunkData:
         self.grasping = [(k, t) for k, track in enumerate(self.tracks) for t in np.flatnonzero(undecided(track)).tolist()]
         opened = [first_opening(track.states) for track in self.tracks]
         self.letting_go = [(k, t) for k, t in self.frames if opened[k] is not None and 0 <= t - opened[k] <= 3]
+        self.before_it = [(k, t - 1) for k, t in self.letting_go]
 
     def world_batch(self, size, generator, transitions=1024) -> dict:
         """What the world simulator learns from: `size` next pictures, and many more steps of the hand, which are cheap.
 
+        A quarter of the pictures are from the three chunks after the fingers opened again, as half of `frame_batch`'s.
         "transitions": as of `transitions`, (B, M, ...), M of them beside every picture, some `transitions` in all.
         """
-        pictures, M = self.pictures(self._draw(size, generator)), max(1, transitions // size)
+        quarter = self._draw(size // 4, generator, self.before_it)
+        pictures, M = self.pictures(quarter + self._draw(size - len(quarter), generator)), max(1, transitions // size)
         steps = self.transitions(self._draw(size * M, generator))
         return pictures | {"transitions": tuple(value.unflatten(0, (size, M)) for value in steps)}
 

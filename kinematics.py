@@ -65,10 +65,9 @@ class PosePredictor(nn.Module):
                 by_action[i, :, i] = gain / self.SCALE[i]
 
     def forward(self, features: Tensor, previous_actions: Tensor, actions: Tensor) -> Tensor:
-        """-> (B, 6) in m, rad. Float32 whatever surrounds it."""
-        with torch.autocast(features.device.type, enabled=False):
-            x = torch.cat([features, previous_actions.flatten(1), actions.flatten(1)], dim=1)
-            return (self.kinematics(x) + self.correction(x)) * self.scale
+        """-> (B, 6) in m, rad."""
+        x = torch.cat([features, previous_actions.flatten(1), actions.flatten(1)], dim=1)
+        return (self.kinematics(x) + self.correction(x)) * self.scale
 
 
 def moved(state: Tensor, change: Tensor) -> Tensor:

@@ -252,7 +252,7 @@ def _flat(values, prefix="") -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
-AUTOCAST = {"cuda"}  # device types on which networks run in bfloat16: set by --bf16
+AUTOCAST = {"cuda"}  # device types on which the world simulator's U-Net runs in bfloat16: set by --bf16
 
 
 def step_generator(seed, step, device="cpu") -> torch.Generator:
@@ -287,7 +287,7 @@ def load_resume(folder, model, optimizer) -> int:
 
 
 def autocast(device):
-    """Networks in bfloat16 where `AUTOCAST` says so."""
+    """Bfloat16 where `AUTOCAST` says so. For networks alone: camera geometry in it would be off by a pixel."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type in AUTOCAST)
 
 
@@ -338,8 +338,7 @@ def fit(name, model, make_batch, loss_fn, config: FitConfig, folder, seed, devic
         batch = make_batch(step, step_generator(seed, step))
         optimizer.zero_grad(set_to_none=True)
         for rows, weight in parts(batch, config.accumulate):
-            with autocast(device):
-                loss, metrics = loss_fn(model, batch, step_generator(seed, step, device), rows)
+            loss, metrics = loss_fn(model, batch, step_generator(seed, step, device), rows)
             if not math.isfinite(loss.item()):
                 raise UserError(f"the loss of '{name}' is {loss.item()} at step {step}: lower its --*.lr and run the same "
                                 "command (it goes on from the last checkpoint)")

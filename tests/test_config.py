@@ -23,6 +23,13 @@ def test_sizes_that_differ_are_one_clear_line(flag):
         config.parse([flag])
 
 
+def test_the_medium_preset_goes_on_from_what_the_small_one_has_explored():
+    small, medium = config.parse([]), config.parse(["--preset", "medium"])
+    same = [config.stage_settings(small, name) == config.stage_settings(medium, name) for name in config.STAGES]
+    assert same == [True, True, True, False, False, False, True]
+    assert WorldModel(medium.world_model, CAMERAS, NORMALIZER)
+
+
 def test_the_large_preset_paints_and_reads_pictures_of_256_pixels():
     large = config.parse(["--preset", "large", "--policy.chunk_size", "4", "--world_model.chunk_size", "4"])
     batch, world = toy_batch(1, size=256), WorldModel(large.world_model, CAMERAS, NORMALIZER)

@@ -114,6 +114,15 @@ def test_half_of_a_reflector_batch_is_from_where_the_fingers_have_just_opened():
     assert (torch.bincount(frame, minlength=21)[[0, 4, 9, 14, 20]] > 20).all()
 
 
+def test_a_quarter_of_the_pictures_to_learn_is_of_what_the_fingers_have_just_let_go():
+    episode = make_episode(steps=160, stride=8)
+    episode.states[:] = np.where((np.arange(21) < 5) | (np.arange(21) > 9), 0.08, 0.0)[:, None] * np.eye(8)[6]
+    batch = ChunkData([episode], 8, "cpu").world_batch(2000, torch.Generator().manual_seed(0))
+    frame = batch["target"][:, 0, 0, 0, 0] // 8
+    assert 720 < ((frame >= 10) & (frame <= 13)).sum() < 880  # a quarter, and 4 of 20 of the other three
+    assert (torch.bincount(frame, minlength=21)[[1, 4, 9, 14, 20]] > 40).all()
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_chunk_that_runs_over_the_end_is_marked_invalid(stride):
     episode = make_episode(steps=10, stride=stride)

@@ -11,6 +11,7 @@ import torch
 from diffusers import EDMEulerScheduler
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import runs
 from episodes import Normalizer, StartContext, finger_history
 from geometry import Camera, Cameras
 from reflector import StopRule
@@ -161,6 +162,21 @@ def test_the_loss_depends_on_its_generator_alone():
     again, _ = world_model_loss(model, batch, torch.Generator().manual_seed(3))
     other, _ = world_model_loss(model, batch, torch.Generator().manual_seed(4))
     assert first == again and first != other
+
+
+def test_bfloat16_is_for_the_unet_alone(monkeypatch, tmp_path):
+    """In bfloat16 a camera's rays end a pixel beside their place: training would not see what imagination sees."""
+    model, batch, types = make_model(), toy_batch(2), {}
+    monkeypatch.setattr(runs, "AUTOCAST", {"cpu"})
+    model.unet.conv_in.register_forward_hook(lambda *call: types.update(unet=call[-1].dtype))
+    model.embed.register_forward_hook(lambda *call: types.update(embedding=call[-1].dtype))
+
+    def loss(*arguments):
+        types["product"] = (batch["next_state"] @ torch.eye(8)).dtype
+        return world_model_loss(*arguments)
+    runs.fit("toy", model, lambda step, generator: batch, loss, runs.FitConfig(steps=1), tmp_path, 0, torch.device("cpu"),
+             lambda step, metrics: None)
+    assert types == {"unet": torch.bfloat16, "embedding": torch.float32, "product": torch.float32}
 
 
 def test_the_opening_is_seen_and_learned_apart_from_the_pictures():
