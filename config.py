@@ -98,7 +98,7 @@ def tiny() -> TrainConfig:
 
 def medium() -> TrainConfig:
     """What a GPU does in ten minutes, with small's demonstrations, clone and exploration: a simulator twice as large that
-    learns from eight times as many pictures, and RL from four times as many rollouts an iteration."""
+    learns from eight times as many pictures, and RL from four times as many rollouts."""
     return TrainConfig(
         preset="medium", world_model=WorldModelConfig(),
         simulate=FitConfig(steps=3000, batch_size=64, lr=8e-4), drift=FitConfig(steps=1000, batch_size=64, lr=4e-4),

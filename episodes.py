@@ -235,7 +235,9 @@ class ChunkData:
         self.frames = [(k, t) for k, track in enumerate(self.tracks) for t in range(len(track.images))]
         self.index = [(k, t) for k, t in self.frames if t < len(self.tracks[k].actions)]  # frames with a successor
         self.grasping = [(k, t) for k, track in enumerate(self.tracks) for t in np.flatnonzero(undecided(track)).tolist()]
-        opened = [first_opening(track.states) for track in self.tracks]
+        self.moments = [{"contact": first_closing(track.states), "release": first_opening(track.states)}
+                        for track in self.tracks]
+        opened = [moments["release"] for moments in self.moments]
         self.letting_go = [(k, t) for k, t in self.frames if opened[k] is not None and 0 <= t - opened[k] <= 3]
         self.before_it = [(k, t - 1) for k, t in self.letting_go]
 
@@ -321,13 +323,12 @@ class ChunkData:
         first close ("contact") or open again ("release"), and all later ones ("midway"); only where the task is not done
         and was not."""
         pools = {}
-        moments = [{"contact": first_closing(track.states), "release": first_opening(track.states)} for track in self.tracks]
         for k, t in self.index:
             task = self.episodes[k].task_id
             if self.tracks[k].success[:t + 1].any():
                 continue
             pools.setdefault(("midway" if t else "opening", task), []).append((k, t))
-            for kind, moment in moments[k].items():
+            for kind, moment in self.moments[k].items():
                 if moment is not None and 2 <= moment - t <= 4:
                     pools.setdefault((kind, task), []).append((k, t))
         return pools
