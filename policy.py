@@ -37,8 +37,9 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
+from distributed import world_size
 from episodes import Normalizer, to_float
-from runs import UserError, find_model, load_weights, read_json, save_model
+from runs import UserError, find_model, load_weights, parts, read_json, save_model
 
 MODEL_TYPE = "world_env_policy"
 
@@ -339,6 +340,16 @@ def clone_loss(policy, batch, generator, rows=slice(None)):
         log_scale = masked_mean(predicted.log_scale.mean(-1), valid)
     metrics = {"l1": l1.detach(), "nll": nll.detach(), "log_scale": log_scale, "gripper_accuracy": gripper}
     return l1 + config.scale_loss_weight * nll, metrics
+
+
+def anchor_loss(policy, generator, data, size, microbatch):
+    """`clone_loss` on `size` control steps of `data` (`CloneData`), in parts that add up: what RL is held by.
+
+    generator: on the CPU. Yields a process's parts, `microbatch` control steps of all processes each.
+    """
+    batch, seed = data.batch(size, generator), int(torch.randint(2**62, (), generator=generator))
+    for rows, weight in parts(batch, -(-size // max(microbatch, world_size()))):
+        yield weight * clone_loss(policy, batch, torch.Generator(data.device).manual_seed(seed), rows)[0]
 
 
 def masked_mean(values, valid):

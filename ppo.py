@@ -55,6 +55,8 @@ class PPOConfig:
     warmup: int = 8  # optimiser steps of linear warm-up: Adam's first steps move every weight by the whole rate
     lora_rank: int = 0  # 0 trains the whole backbone; above, only low-rank changes of its matrices (the paper's 32)
     train_scale: bool = True  # train the scale head too, as the paper does; else exploration stays as it is
+    anchor: float = 1.0  # weight of the cloning loss on demonstrations, beside PPO's; the paper's 0
+    anchor_batch: int = 64  # control steps of the demonstrations in that loss
     max_grad_norm: float = 1.0  # gradient norm above which gradients are scaled down
     temperature: float = 1.5  # multiplies the Laplace scale b, in sampling and in scoring alike
     chunk_noise: bool = True  # one draw for all steps of a chunk: 7 dimensions to explore, not 56 (the paper's)
@@ -257,11 +259,12 @@ def minibatches(count, config, generator):
     return [step.split(config.microbatch) for step in shuffled.tensor_split(steps)]
 
 
-def update(policy, optimizer, played, advantage, config, generator):
+def update(policy, optimizer, played, advantage, config, generator, anchor=None):
     """PPO on the explored chunks of one `Rollout`, with its advantages (B,); returns metrics averaged over all minibatches.
 
-    `generator` (CPU) shuffles. The policy stays in eval mode, in which it was sampled. Several processes share every
-    minibatch: each scores those of its chunks that it has played itself.
+    `generator` (CPU) shuffles. `anchor(policy, generator)` yields parts of a supervised loss, whose sum, times
+    `config.anchor`, joins that of every optimiser step. The policy stays in eval mode, in which it was sampled. Several
+    processes share every minibatch: each scores those of its chunks that it has played itself.
     """
     policy.eval()
     row, time = played.explored.nonzero(as_tuple=True)                      # (N,), (N,)
@@ -302,6 +305,9 @@ def update(policy, optimizer, played, advantage, config, generator):
             for name, value in {**parts, "entropy": entropy.detach().mean()}.items():
                 share = len(index) / (count * config.epochs)
                 metrics[name] = metrics.get(name, 0.0) + float(value) * share
+        for part in anchor(policy, generator) if anchor and config.anchor else ():
+            (config.anchor * part).backward()
+            metrics["anchor_loss"] = metrics.get("anchor_loss", 0.0) + float(part.detach()) / (len(epochs[0]) * config.epochs)
         clip_and_step(optimizer, config)
     everyone = gather(metrics)
     ratio_first = next(value for value in gather(ratio_first) if value is not None)  # of one that shared the first step
@@ -324,7 +330,7 @@ def clip_and_step(optimizer, config):
 # ------------------------------------------------------------------------------------------------------------
 # One iteration
 # ------------------------------------------------------------------------------------------------------------
-def improve(policy, optimizer, env, draw_contexts, config, generator):
+def improve(policy, optimizer, env, draw_contexts, config, generator, anchor=None):
     """One iteration of Algorithm 1; returns its metrics.
 
     draw_contexts(count, generator): a list of start contexts. generator: on the CPU and seeded by (seed,
@@ -339,7 +345,7 @@ def improve(policy, optimizer, env, draw_contexts, config, generator):
                      persistence=config.persistence, explore_chunks=config.explore_chunks)
     reward = played.reward.view(-1, config.group_size)                      # (G, K)
     advantage = rloo_advantage(reward)                                      # (G, K)
-    metrics = update(policy, optimizer, played, advantage.flatten(), config, generator)
+    metrics = update(policy, optimizer, played, advantage.flatten(), config, generator, anchor)
     outcome = [value.cpu() for value in (reward, advantage, played.terminated, played.valid.sum(1))]
     reward, advantage, terminated, lasted = (torch.cat(values) for values in zip(*gather(outcome)))  # of everyone
     return metrics | {

@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ from libero_env import LiberoContext, LiberoVectorEnv, load_suite, step_limit
 from openvla import load_policy, pretrained_policy
 from openvla_memory import check_training
 from playing import control_steps, play, read_lines, second_tries
-from policy import Policy, clone_loss
+from policy import Policy, anchor_loss, clone_loss
 from ppo import add_lora, improve, make_optimizer, merge_lora
 from reflector import Reflector, calibrate, reflector_loss
 from runs import (Run, UserError, clear_errors, find_model, fit, in_processes, load_resume, load_weights, read_json,
@@ -289,9 +290,9 @@ def imagine(config, run, folder, device):
         raise UserError(f"{world_size()} processes cannot share {config.ppo.groups} groups: raise --ppo.groups")
     policy = first_policy(config, run, device)
     torch.manual_seed(config.seed)
+    successes = [episode for episode in explored(config, run)[0] if episode.success.any()] if config.rl_env == "none" else []
+    data = CloneData(demonstrations(run) + successes, policy.normalizer, config.policy.chunk_size, device)
     if config.rl_env == "none":
-        successes = [episode for episode in explored(config, run)[0] if episode.success.any()]
-        data = CloneData(demonstrations(run) + successes, policy.normalizer, config.policy.chunk_size, device)
         fit_clone("imagine", policy, data, config, run, folder, device)
         return policy.save_pretrained(folder)
     if config.ppo.lora_rank:
@@ -300,13 +301,14 @@ def imagine(config, run, folder, device):
         check_training(policy, config.ppo.microbatch, config.ppo.lora_rank, device, "--ppo.microbatch")
     optimizer = make_optimizer(policy, config.ppo)
     first = load_resume(folder, policy, optimizer)
-    env, draw_contexts = virtual_world(config, run, device) if config.rl_env == "virtual" else true_world(config, device)
+    env, draw = virtual_world(config, run, device) if config.rl_env == "virtual" else true_world(config, device)
+    anchor = partial(anchor_loss, data=data, size=config.ppo.anchor_batch, microbatch=config.ppo.microbatch)
     try:
         for iteration in tqdm(range(first, config.ppo.iterations), initial=first, total=config.ppo.iterations,
                               desc="imagine", unit="iteration"):
             if config.rl_env == "virtual":
                 env.reset_noise(iteration)
-            metrics = improve(policy, optimizer, env, draw_contexts, config.ppo, step_generator(config.seed, iteration))
+            metrics = improve(policy, optimizer, env, draw, config.ppo, step_generator(config.seed, iteration), anchor)
             run.log("imagine", iteration + 1, metrics)
             if config.check.every and (iteration + 1) % config.check.every == 0:
                 run.log("check", iteration + 1, check(config, run, policy, folder / f"check_{iteration + 1:04d}", device))

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -17,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 import distributed
 from episodes import ChunkData, CloneData, Episode
 from evaluate import imagined_success
-from policy import Policy, clone_loss
+from policy import Policy, anchor_loss, clone_loss
 from ppo import PPOConfig, improve
 from reflector import Reflector, StopRule, reflector_loss
 from runs import FitConfig, fit, step_generator
@@ -79,7 +80,8 @@ def train_all(folder, accumulate=1):
     before, start = vector(policy), copy.deepcopy(policy)
     env = VirtualEnv(dream, Bright(), VirtualEnvConfig(horizon=3, stop=StopRule(0.8, 1)), len(mine) * 3, 3, mine[0] * 3, 9)
     log["imagine"] = improve(policy, torch.optim.SGD(policy.parameters(), 2e-3), env, lambda count, generator: data.starts(
-        [data.index[i] for i in torch.randint(len(data.index), (count,), generator=generator)]), ppo, step_generator(0, 0))
+        [data.index[i] for i in torch.randint(len(data.index), (count,), generator=generator)]), ppo, step_generator(0, 0),
+                             partial(anchor_loss, data=clone_data, size=7, microbatch=3))
     weights["imagine"] = vector(policy) - before
 
     log["episodes"] = [name for name, _ in played(folder / "explore", Env(2), CONTEXTS[:7])]

@@ -121,12 +121,12 @@ def buffer(policy, count=24, temperature=0.7, chunk_noise=False):
     return played, torch.randn(count, generator=step_generator(3, 0))
 
 
-def updated(start, played, advantage, **config):
+def updated(start, played, advantage, supervised=None, **config):
     """The policy after one `update` by plain gradient descent (Adam would hide the gradient's length)."""
     policy = copy.deepcopy(start)
     metrics = update(policy, torch.optim.SGD(policy.parameters(), 0.1), played, advantage,
                      PPOConfig(**{"max_grad_norm": 1e9, "warmup": 1, "chunk_noise": False, "minibatch": 256, "temperature": 1.0} | config),
-                     step_generator(4, 0))
+                     step_generator(4, 0), supervised)
     return nn.utils.parameters_to_vector(policy.parameters()).detach(), metrics
 
 
@@ -415,6 +415,20 @@ def test_groups_without_advantage_are_counted():
     metrics = improve(policy, make_optimizer(policy, config), Deaf(), near, config, step_generator(0, 0))
     deaf = sum(context[2].item() <= 0 for context in near(16, step_generator(0, 0)))
     assert metrics["groups_without_advantage"] == pytest.approx(deaf / 16) and 0 < deaf < 16
+
+
+def test_the_anchor_is_added_to_every_step_with_its_weight():
+    def pull(policy, generator):
+        for share in (0.25, 0.75):  # the gradient of all: the parameters
+            yield share / 2 * nn.utils.parameters_to_vector(policy.parameters()).square().sum()
+
+    start = toy()
+    before, (played, advantage) = nn.utils.parameters_to_vector(start.parameters()).detach(), buffer(start)
+    after, metrics = updated(start, played, 0 * advantage, pull, anchor=2.0, minibatch=0)  # PPO by itself: no gradient
+    assert torch.allclose(after, before * (1 - 0.1 * 2), atol=1e-6)
+    assert metrics["anchor_loss"] == pytest.approx(float(before.square().sum() / 2), rel=1e-4)
+    after, metrics = updated(start, played, 0 * advantage, pull, anchor=0.0, minibatch=0)
+    assert torch.equal(after, before) and "anchor_loss" not in metrics
 
 
 # ------------------------------------------------------------------------------------------------------------
