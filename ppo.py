@@ -55,7 +55,7 @@ class PPOConfig:
     warmup: int = 8  # optimiser steps of linear warm-up: Adam's first steps move every weight by the whole rate
     lora_rank: int = 0  # 0 trains the whole backbone; above, only low-rank changes of its matrices (the paper's 32)
     train_scale: bool = True  # train the scale head too, as the paper does; else exploration stays as it is
-    anchor: float = 1.0  # weight of the cloning loss on demonstrations, beside PPO's; the paper's 0
+    anchor: float = 0.0  # weight of the cloning loss on demonstrations, added to PPO's; 8 holds a fast policy back
     anchor_batch: int = 64  # control steps of the demonstrations in that loss
     max_grad_norm: float = 1.0  # gradient norm above which gradients are scaled down
     temperature: float = 1.5  # multiplies the Laplace scale b, in sampling and in scoring alike
