@@ -307,7 +307,8 @@ def update(policy, optimizer, played, advantage, config, generator, anchor=None)
                 metrics[name] = metrics.get(name, 0.0) + float(value) * share
         for part in anchor(policy, generator) if anchor and config.anchor else ():
             (config.anchor * part).backward()
-            metrics["anchor_loss"] = metrics.get("anchor_loss", 0.0) + float(part.detach()) / (len(epochs[0]) * config.epochs)
+            share = 1 / (len(epochs[0]) * config.epochs)
+            metrics["anchor_loss"] = metrics.get("anchor_loss", 0.0) + share * float(part.detach())
         clip_and_step(optimizer, config)
     everyone = gather(metrics)
     ratio_first = next(value for value in gather(ratio_first) if value is not None)  # of one that shared the first step
