@@ -5,7 +5,7 @@ Shapes: B trajectories, T time in chunks, F memory frames, V camera views, L act
 from __future__ import annotations
 
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +107,7 @@ class Episode:
     seed: int
     temperature: float = 0.0  # of the noise that it was explored with
     executed: np.ndarray | None = None  # (S, 7) what the robot was told where that differs, as under an expert's pushes
+    past: int = 0  # of an episode taken up again, the frame where that began: what is before it is remembered, not learned
 
     def __post_init__(self):
         self.executed = self.actions if self.executed is None else self.executed
@@ -120,6 +121,18 @@ class Episode:
         frames = offset // self.stride + np.arange(count + 1) * (chunk_size // self.stride)
         actions = self.executed[offset:offset + count * chunk_size].reshape(count, chunk_size, self.executed.shape[1])
         return Chunked(self.images[frames], self.states[frames], actions, self.success[frames])
+
+    def until(self, frame) -> "Episode":
+        """What led to `frame`, that one included."""
+        frames = {name: getattr(self, name)[:frame + 1] for name in ("images", "states", "success")}
+        return replace(self, **frames, **{name: getattr(self, name)[:frame * self.stride] for name in ("actions", "executed")})
+
+    def followed_by(self, later) -> "Episode":
+        """`later`, which begins in the last frame of this one, with this one as its past."""
+        frames = {name: np.concatenate([getattr(self, name)[:-1], getattr(later, name)])
+                  for name in ("images", "states", "success")}
+        steps = {name: np.concatenate([getattr(self, name), getattr(later, name)]) for name in ("actions", "executed")}
+        return replace(later, **frames, **steps, past=len(self.images) - 1)
 
     def save(self, path):
         """Write a compressed .npz under a temporary name, then rename it."""
@@ -146,9 +159,9 @@ def load_episodes(folder) -> list[Episode]:
 
 @dataclass
 class StartContext:
-    """Where an imagined rollout begins: one recorded frame. The virtual environment needs nothing else."""
-    images: np.ndarray  # (V, 3, H, W) uint8
-    state: np.ndarray  # (8,)
+    """Where an imagined rollout begins: a recorded frame, and those before it. The virtual environment needs nothing else."""
+    images: np.ndarray  # (T+1, V, 3, H, W) uint8, one a chunk: what has been seen, the last one is now
+    states: np.ndarray  # (T+1, 8)
     instruction: str
     previous_actions: np.ndarray  # (L, 7): the chunk that led here, zeros at the start of an episode
     task_id: int
@@ -220,6 +233,7 @@ class ChunkData:
 
     A demonstration holds every frame, so it is cut at every offset below a chunk: eight trajectories each
     (every_offset=False: one). truth: `episodes` are imagined copies of these; the next pictures to learn are the true ones.
+    `past[k]`, the first frame of track k that is learned from, is above 0 where an episode was taken up again.
     """
 
     def __init__(self, episodes, chunk_size, device, every_offset=True, truth=None):
@@ -232,9 +246,11 @@ class ChunkData:
                     self.tracks.append(track)
                     self.targets.append(track if truth is None else truth[number].chunks(chunk_size))
                     self.episodes.append(episode)
-        self.frames = [(k, t) for k, track in enumerate(self.tracks) for t in range(len(track.images))]
+        self.past = [episode.past * episode.stride // chunk_size for episode in self.episodes]
+        self.frames = [(k, t) for k, track in enumerate(self.tracks) for t in range(self.past[k], len(track.images))]
         self.index = [(k, t) for k, t in self.frames if t < len(self.tracks[k].actions)]  # frames with a successor
-        self.grasping = [(k, t) for k, track in enumerate(self.tracks) for t in np.flatnonzero(undecided(track)).tolist()]
+        self.grasping = [(k, t) for k, track in enumerate(self.tracks) for t in np.flatnonzero(undecided(track)).tolist()
+                         if t >= self.past[k]]
         self.moments = [{"contact": first_closing(track.states), "release": first_opening(track.states)}
                         for track in self.tracks]
         opened = [moments["release"] for moments in self.moments]
@@ -315,7 +331,7 @@ class ChunkData:
 
     def starts(self, picks) -> list[StartContext]:
         """Start contexts at frame t of track k for every (k, t) in `picks`."""
-        return [StartContext(self.tracks[k].images[t], self.tracks[k].states[t], self.episodes[k].instruction,
+        return [StartContext(self.tracks[k].images[:t + 1], self.tracks[k].states[:t + 1], self.episodes[k].instruction,
                              self._previous(self.tracks[k], t), self.episodes[k].task_id) for k, t in picks]
 
     def start_pools(self) -> dict[tuple[str, int], list]:

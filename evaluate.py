@@ -254,7 +254,7 @@ def measure_world(arguments, run, trained, suite, task_ids, policy, world, refle
         pools = [pool for (kind, _), pool in data.start_pools().items() if kind == "contact"]
         firsts = {k: (k, t) for pool in pools for k, t in reversed(pool)}  # of every episode the first such frame
         again = [LiberoContext(data.episodes[k].task_id, data.episodes[k].seed, max_steps=virtual.horizon * sizes.chunk_size,
-                               prefix=data.episodes[k].executed[:t * sizes.chunk_size]) for k, t in firsts.values()]
+                               history=data.episodes[k].until(t)) for k, t in firsts.values()]
         lines = play(policy, env, again, folder / "closed_loop", "closed loop", TEST_SEED)
     finally:
         env.close()

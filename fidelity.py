@@ -71,23 +71,26 @@ def open_loop(world: WorldModel, reflector: Reflector | None, data: ChunkData, p
             scores.append(env.step(torch.from_numpy(actions[:, t]), states[:, t] if true_states else None)[4]["score"])
         scores = torch.stack(scores, dim=1).cpu().numpy()  # (b, T)
         for row, T_row in enumerate(length.tolist()):
-            yield (env.frames[row, :T_row + 1].cpu().numpy(), env.states[row, :T_row + 1].cpu().numpy(),
+            t = here[row][1]
+            yield (env.frames[row, t:t + T_row + 1].cpu().numpy(), env.states[row, t:t + T_row + 1].cpu().numpy(),
                    scores[row, :T_row])
 
 
 def imagine_episodes(world, reflector, episodes, seed=0, true_states=False,
                      virtual=VirtualEnvConfig()) -> tuple[list[Episode], list[np.ndarray]]:
-    """Each episode imagined from its first frame, with its TRUE success labels; and the scores (T,) of its frames."""
+    """Each episode imagined from its first frame (one taken up again: from there), with its TRUE success labels; and the
+    scores (T,) of its frames."""
     chunk_size = world.config.chunk_size
     data = ChunkData(episodes, chunk_size, next(world.parameters()).device, every_offset=False)
-    order = sorted(range(len(episodes)), key=lambda k: len(data.tracks[k].actions))  # of one length, batch by batch
+    order = sorted(range(len(episodes)), key=lambda k: len(data.tracks[k].actions) - data.past[k])  # of one length together
     imagined, scores = [None] * len(episodes), [None] * len(episodes)
-    played = open_loop(world, reflector, data, [(k, 0) for k in order], 10_000, seed=seed, true_states=true_states,
+    played = open_loop(world, reflector, data, [(k, data.past[k]) for k in order], 10_000, seed=seed, true_states=true_states,
                        virtual=virtual)
     for k, (frames, states, scores[k]) in zip(order, played):
-        track = data.tracks[k]
+        track, past = data.tracks[k], data.past[k]
         actions = track.actions.reshape(-1, 7)
-        imagined[k] = replace(episodes[k], images=frames, states=states, actions=actions, executed=actions,
+        imagined[k] = replace(episodes[k], images=np.concatenate([track.images[:past], frames]), past=past,
+                              states=np.concatenate([track.states[:past], states]), actions=actions, executed=actions,
                               success=track.success, stride=chunk_size, source="imagined")
     return imagined, scores
 

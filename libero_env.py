@@ -22,6 +22,7 @@ import gymnasium
 import numpy as np
 import torch
 
+from episodes import Episode
 from geometry import Camera, Cameras, opening
 from runs import UserError, single_threaded_children
 
@@ -255,7 +256,7 @@ class LiberoContext:
     task_id: int
     seed: int = 0
     init_state: np.ndarray | None = None  # (D,)
-    prefix: np.ndarray | None = None  # (S, 7) actions that lead to the first frame: an episode taken up again
+    history: Episode | None = None  # an episode taken up again: what led to the first frame
     max_steps: int | None = None  # control steps after which it is cut off; None: the environment's
     take: int = 0  # tells episodes of one task and seed apart
 
@@ -302,7 +303,8 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
         chosen = [i for i in range(self.num_envs) if mask is None or mask[i]]
         for i in chosen:
             context = contexts[i]
-            self._pipes[i].send(("reset", context.task_id, context.seed, context.init_state, context.prefix))
+            prefix = context.history.executed if context.history else ()
+            self._pipes[i].send(("reset", context.task_id, context.seed, context.init_state, prefix))
         for i in chosen:
             images, state, instruction = self._receive(i)
             self._slots[i] = {"first": images, "previous": images, "images": images, "state": state, "steps": 0,
@@ -407,7 +409,7 @@ def _worker(pipe, suite, image_size, mesh_cell):
                         task.close()
                     task = LiberoTask(suite, task_id, mesh_cell, image_size)
                 task.reset(seed, init_state)
-                for action in () if prefix is None else prefix:
+                for action in prefix:
                     task.step(action)
                 reply = shrink(task.render(), image_size), task.state(), task.instruction
             else:

@@ -35,7 +35,7 @@ def second_tries(episodes, config) -> list[LiberoContext]:
         for kind, moment in enumerate((first_closing(episode.states), first_opening(episode.states))):
             for take in range(1, 1 + retries) if moment else ():
                 start = max(0, moment - 1 - (number + take) % 3)
-                contexts.append(LiberoContext(episode.task_id, episode.seed, prefix=episode.actions[:start * L],
+                contexts.append(LiberoContext(episode.task_id, episode.seed, history=episode.until(start),
                                               take=take + kind * retries, max_steps=(moment + 3 - start) * L))
     return contexts
 
@@ -135,16 +135,16 @@ def save_episode(played, path, context, source, env, temperature) -> dict:
     T = int(played.valid[0].sum())
     success, score = played.success[0, :T].cpu().numpy(), played.score[0, :T].cpu().numpy()
     whole = min(T, env.max_steps // env.chunk_size)  # a last chunk that the step limit cut short is not kept
-    Episode(images=played.images[0, :whole + 1].cpu().numpy(), states=played.states[0, :whole + 1].cpu().numpy(),
-            actions=played.env_actions[0, :whole].flatten(0, 1).cpu().numpy(),
-            success=np.concatenate([[False], success[:whole]]), stride=env.chunk_size, task_id=context.task_id,
-            instruction=played.instruction[0], source=source, seed=context.seed,
-            temperature=temperature).save(path)
+    episode = Episode(images=played.images[0, :whole + 1].cpu().numpy(), states=played.states[0, :whole + 1].cpu().numpy(),
+                      actions=played.env_actions[0, :whole].flatten(0, 1).cpu().numpy(),
+                      success=np.concatenate([[False], success[:whole]]), stride=env.chunk_size, task_id=context.task_id,
+                      instruction=played.instruction[0], source=source, seed=context.seed, temperature=temperature)
+    (context.history.followed_by(episode) if context.history else episode).save(path)
     steps, reached = env.lengths(0)
     stops = np.flatnonzero(env.rule.stops(score)) if env.rule else []
     stop = int(stops[0]) if len(stops) else T - 1
     return {"file": path.name, "task_id": context.task_id, "seed": context.seed, "chunks": T, "steps": steps,
-            "before": 0 if context.prefix is None else len(context.prefix),
+            "before": len(context.history.actions) if context.history else 0,
             "oracle_stop": reached is not None, "steps_to_oracle_stop": reached or steps,
             "self_stop": bool(success[stop]), "steps_to_self_stop": min((stop + 1) * env.chunk_size, steps),
             "stopped_at": stop + 1 if len(stops) else None, "success": success.astype(int).tolist(),

@@ -348,7 +348,7 @@ class VirtualEnv(gym.vector.VectorEnv):
         self.states = torch.zeros(*history, 8, device=self.device)
         self.scores = np.zeros((num_envs, config.stop.confirm), np.float32)  # the reflector's last ones
         self.previous_actions = torch.zeros(num_envs, L, 7, device=self.device)
-        self.time = torch.zeros(num_envs, dtype=torch.long, device=self.device)  # each slot's last frame
+        self.begin, self.time = torch.zeros(2, num_envs, dtype=torch.long, device=self.device)  # first imagined, last frame
         self.alive = torch.zeros(num_envs, dtype=torch.bool, device=self.device)
         self.task, self.instruction = torch.zeros(num_envs, dtype=torch.long, device=self.device), [""] * num_envs
         self.generator = torch.Generator()  # on the CPU: the same noise on every device
@@ -361,16 +361,16 @@ class VirtualEnv(gym.vector.VectorEnv):
     def reset(self, contexts: list[StartContext], mask: Tensor | None = None):
         """Start the slots where mask (B,) is True (None: all) from their entry of `contexts`. -> obs, info"""
         chosen = range(self.num_envs) if mask is None else torch.as_tensor(mask).nonzero().flatten().tolist()
-        if len(chosen):
-            def stack(name):
-                values = np.stack([getattr(contexts[i], name) for i in chosen])
-                return torch.from_numpy(values).to(self.device)
-            slots = torch.tensor(list(chosen), device=self.device)
-            self.frames[slots, 0], self.states[slots, 0] = stack("images"), stack("state")
-            self.previous_actions[slots], self.task[slots] = stack("previous_actions"), stack("task_id")
-            self.time[slots], self.alive[slots], self.scores[list(chosen)] = 0, True, 0.0
-            for i in chosen:
-                self.instruction[i] = contexts[i].instruction
+        for i in chosen:
+            start, seen = contexts[i], len(contexts[i].images)
+            missing = seen + self.config.horizon - self.frames.shape[1]
+            if missing > 0:  # room for a longer past than any before
+                self.frames, self.states = (torch.cat([history, torch.zeros_like(history[:, :1]).repeat_interleave(
+                    missing, dim=1)], dim=1) for history in (self.frames, self.states))
+            self.frames[i, :seen], self.states[i, :seen] = torch.from_numpy(start.images), torch.from_numpy(start.states)
+            self.previous_actions[i], self.task[i] = torch.from_numpy(start.previous_actions), start.task_id
+            self.begin[i] = self.time[i] = seen - 1
+            self.alive[i], self.scores[i], self.instruction[i] = True, 0.0, start.instruction
         return self.observe(), {}
 
     def observe(self) -> dict:
@@ -403,7 +403,7 @@ class VirtualEnv(gym.vector.VectorEnv):
         self.scores[b] = np.concatenate([self.scores[b, 1:], score[slots].cpu().numpy()[:, None]], axis=1)
         confirmed = torch.from_numpy(self.config.stop.confirmed(self.scores)[:, -1]).to(self.device)
         terminated = self.alive & (confirmed > self.config.stop.eta)  # never where it is NaN
-        truncated = self.alive & ~terminated & (self.time >= self.config.horizon)
+        truncated = self.alive & ~terminated & (self.time - self.begin >= self.config.horizon)
         reward = torch.where(terminated | truncated, confirmed.nan_to_num(0.0), 0.0)
         self.alive &= ~(terminated | truncated)
         return self.observe(), reward, terminated, truncated, {"score": score}

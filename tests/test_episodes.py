@@ -82,6 +82,21 @@ def test_demonstrations_are_cut_at_every_offset_and_exploration_once():
     assert len(ChunkData([make_episode(stride=8)], 8, "cpu").tracks) == 1
 
 
+def test_an_episode_taken_up_again_remembers_its_past_and_teaches_what_came_after(tmp_path):
+    whole, later = make_episode(stride=8), make_episode(stride=8)
+    for name in ("images", "states", "actions"):
+        getattr(later, name)[:] += 100
+    again = whole.until(2).followed_by(later)
+    assert again.images[:, 0, 0, 0, 0].tolist() == again.states[:, 0].tolist() == [0, 8, *range(100, 141, 8)]
+    assert again.actions[:, 0].tolist() == [*range(16), *range(100, 140)] and again.success.tolist() == [False] * 6 + [True] * 2
+    again.save(tmp_path / "again.npz")
+    data = ChunkData([Episode.load(tmp_path / "again.npz")], 8, "cpu")
+    assert data.frames == [(0, t) for t in range(2, 8)] and data.index == [(0, t) for t in range(2, 7)]
+    assert all(t >= 2 for pool in data.start_pools().values() for _, t in pool)
+    assert data.starts([(0, 3)])[0].images[:, 0, 0, 0, 0].tolist() == [0, 8, 100, 108]
+    assert data.pictures([(0, 6)])["memory"][0, :, 0, 0, 0, 0].tolist() == [0, 100, 116, 132]
+
+
 def test_memory_always_holds_the_first_and_the_last_frame():
     assert memory_index(torch.tensor([0, 1, 9])).tolist() == [[0, 0, 0, 0], [0, 0, 0, 1], [0, 3, 6, 9]]
 

@@ -108,6 +108,9 @@ def test_an_imagined_episode_keeps_its_true_labels_and_verdicts_are_compared_wit
     assert all(np.array_equal(a.success, b.success) and a.source == "imagined" for a, b in zip(imagined, EPISODES))
     right = outcome_agreement(scores, EPISODES, ONE)
     assert right["agreement"]["count"] == 4 and right["missed_success"]["of"] == 2
+    taken_up = EPISODES[0].until(2).followed_by(episode([-1, 2], start=200))  # its first two chunks are not Mover's
+    (again,), (score,) = imagine_episodes(Mover(), Bright(), [taken_up])
+    assert np.array_equal(again.images, taken_up.images) and again.past == 2 and len(score) == 2
     wrong = [np.array([0.1]), np.array([0.9]), np.array([0.2, 0.6]), np.array([0.7])]  # truth: yes, yes, no, no
     cells = outcome_agreement(wrong, EPISODES, ONE)
     assert {name: (cell["count"], cell["of"]) for name, cell in cells.items()} == {

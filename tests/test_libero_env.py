@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from episodes import finger_history
+from episodes import Episode, finger_history
 from geometry import camera_pose, project
 from libero_env import LiberoContext, LiberoTask, LiberoVectorEnv, initial_states, load_suite, merge_vertices, shrink, step_limit
 from runs import UserError
@@ -154,7 +154,7 @@ class Listener:
         return torch.zeros(1)
 
 
-def test_an_episode_is_taken_up_again_where_its_prefix_ends_and_is_cut_off_in_time():
+def test_an_episode_is_taken_up_again_where_its_history_ends_and_is_cut_off_in_time():
     listener = Listener()
     env = LiberoVectorEnv("libero_object", 1, mesh_cell=0.006, reflector=listener)
     try:
@@ -162,8 +162,9 @@ def test_an_episode_is_taken_up_again_where_its_prefix_ends_and_is_cut_off_in_ti
         frames = [env.reset([LiberoContext(0, seed=5)])[0]] + [env.step(actions[:, t])[0] for t in range(3)]
         states = torch.stack([obs["state"][0] for obs in frames])
         assert torch.equal(torch.stack(listener.told), finger_history(states)) and listener.told[3].unique().numel() > 2
-        prefix = actions[0, :2].flatten(0, 1).numpy()
-        again, _ = env.reset([LiberoContext(0, seed=5, prefix=prefix, max_steps=8)])
+        shown, steps = (torch.cat([obs["images"] for obs in frames[:3]]).numpy(), actions[0, :2].flatten(0, 1).numpy())
+        history = Episode(shown, states[:3].numpy(), steps, np.zeros(3, bool), 8, 0, "", "explore", 5)
+        again, _ = env.reset([LiberoContext(0, seed=5, history=history, max_steps=8)])
         after, _, terminated, truncated, _ = env.step(actions[:, 2])
         for obs, t in ((again, 2), (after, 3)):
             assert torch.allclose(obs["state"], frames[t]["state"], atol=1e-4) and (

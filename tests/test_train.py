@@ -190,9 +190,10 @@ def test_training_episodes_are_taken_up_again_just_before_they_grasp_and_let_go(
     expected = [(100_009, 1, 5), (100_009, 2, 5), (100_010, 1, 5), (100_010, 2, 5), (100_010, 3, 7), (100_010, 4, 7)]
     assert [(context.seed, context.take) for context in contexts] == [row[:2] for row in expected]
     for context, (_, _, moment) in zip(contexts, expected):
-        start = len(context.prefix) // 8
+        start = len(context.history.actions) // 8
+        assert len(context.history.images) == start + 1
         assert moment - 3 <= start <= moment - 1 and start * 8 + context.max_steps == 8 * (moment + 3)
-    assert len({len(context.prefix) for context in contexts[:2]}) == 2
+    assert len({len(context.history.actions) for context in contexts[:2]}) == 2
 
 
 @pytest.mark.parametrize("settings, temperature, where", [
@@ -207,7 +208,7 @@ def test_rl_starts_in_demonstrations_unless_told_not_to_and_something_mild_was_e
     monkeypatch.setattr(train, "load_world", lambda *_: (None, None))
     monkeypatch.setattr(train, "VirtualEnv", lambda *_: None)
     _, draw = train.virtual_world(TrainConfig(task_ids=(3,), start=settings), None, "cpu")
-    assert {float(start.state[0]) for start in draw(40, torch.Generator().manual_seed(0))} == where
+    assert {float(start.states[-1, 0]) for start in draw(40, torch.Generator().manual_seed(0))} == where
 
 
 FEW = ["--clone.steps", 2, "--clone.batch_size", 2, "--ppo.iterations", 1, "--ppo.groups", 1, "--ppo.group_size", 2]

@@ -38,10 +38,10 @@ def make_model(config=TINY, seed=0, cameras=CAMERAS):
     return model
 
 
-def make_contexts(B, seed=0):
+def make_contexts(B, seed=0, seen=1):
     random = np.random.default_rng(seed)
-    return [StartContext(random.integers(0, 256, (2, 3, 16, 16), dtype=np.uint8), START.numpy(), f"task {b}",
-                         np.zeros((4, 7), np.float32), 0) for b in range(B)]
+    return [StartContext(random.integers(0, 256, (seen, 2, 3, 16, 16), dtype=np.uint8), START.expand(seen, 8).numpy(),
+                         f"task {b}", np.zeros((4, 7), np.float32), 0) for b in range(B)]
 
 
 def make_actions(B, T, seed=1):
@@ -259,7 +259,7 @@ def test_resetting_one_slot_leaves_the_others_bit_equal():
         assert torch.equal(after["state"][b], before["state"][b])
         assert torch.equal(env.frames[b], frames[b]) and torch.equal(env.states[b], states[b])
         assert env.time[b] == 2 and after["instruction"][b] == before["instruction"][b]
-    assert torch.equal(after["images"][1], torch.from_numpy(fresh[1].images)) and env.time[1] == 0
+    assert torch.equal(after["images"][1], torch.from_numpy(fresh[1].images[-1])) and env.time[1] == 0
 
 
 def test_the_reflector_ends_episodes_and_pays_only_at_the_end():
@@ -318,6 +318,28 @@ def test_memory_is_first_third_two_thirds_and_last():
         obs, reward, terminated, truncated, info = env.step(chunk)
     assert model.seen == [[0, 3, 6, 9]] * 2
     assert info["score"].isnan().all() and not (terminated | truncated).any()
+
+
+def test_a_rollout_remembers_what_was_seen_before_its_start_and_is_as_long_as_any_other():
+    class Listener(NeverDone):
+        def score(self, first, previous, current, instruction, fingers):
+            self.first, self.fingers = first, fingers
+            return super().score(first, previous, current, instruction, fingers)
+
+    model, contexts, listener = make_model(), [*make_contexts(1), *make_contexts(1, seed=2, seen=6)], Listener()
+    contexts[1].states = contexts[1].states + 0.001 * np.arange(6, dtype=np.float32)[:, None]
+    env = VirtualEnv(model, listener, VirtualEnvConfig(horizon=3), 2)
+    first, _ = env.reset(contexts)
+    assert torch.equal(first["images"][1], torch.from_numpy(contexts[1].images[-1])) and env.time.tolist() == [0, 5]
+    ends = [env.step(chunk)[3].tolist() for chunk in make_actions(2, 3)]
+    assert ends == [[False, False], [False, False], [True, True]]
+    assert torch.equal(listener.first[1], torch.from_numpy(contexts[1].images[0]))
+    assert torch.equal(listener.fingers[1, 3:], finger_history(torch.from_numpy(contexts[1].states))[-1, :5])
+    assert torch.equal(env.frames[1, :6], torch.from_numpy(contexts[1].images))
+    short = replace(contexts[1], images=contexts[1].images[-1:], states=contexts[1].states[-1:])
+    with_past, without = (play(VirtualEnv(model, None, VirtualEnvConfig(), 1), [start], make_actions(1, 1))[1]
+                          for start in (contexts[1], short))
+    assert not torch.equal(with_past, without)
 
 
 def test_each_slot_is_imagined_in_its_tasks_scene():
