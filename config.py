@@ -98,13 +98,13 @@ def tiny() -> TrainConfig:
 
 def medium() -> TrainConfig:
     """What a GPU does in ten minutes, with small's demonstrations, clone and exploration: a simulator twice as large that
-    learns from eight times as many pictures, and RL from four times as many rollouts."""
+    learns from five times as many pictures, and RL from four times as many rollouts."""
     return TrainConfig(
         preset="medium", world_model=WorldModelConfig(),
-        simulate=FitConfig(steps=3000, batch_size=64, lr=8e-4), drift=FitConfig(steps=1000, batch_size=64, lr=4e-4),
+        simulate=FitConfig(steps=2000, batch_size=64, lr=8e-4), drift=FitConfig(steps=700, batch_size=64, lr=4e-4),
         grasp=FitConfig(steps=500, batch_size=128, lr=1e-3, weight_decay=0.05),
         reflect=FitConfig(steps=600, batch_size=64, lr=1e-3, weight_decay=0.1),
-        ppo=PPOConfig(iterations=60, groups=32, microbatch=512))
+        ppo=PPOConfig(iterations=40, groups=32, microbatch=512))
 
 
 def large() -> TrainConfig:

@@ -315,7 +315,7 @@ class VirtualEnvConfig:
     """The virtual environment."""
     horizon: int = 20  # chunks after which an imagined episode is cut off (T_max)
     stop: StopRule = field(default_factory=StopRule)
-    grasp_noise: float = 0.0  # 0: the fingers' most middling opening; 1: drawn from all that may happen
+    grasp_noise: float = 0.0  # 0: the fingers' most middling opening; 1: a quantile of it, drawn once a rollout
     shared_noise: bool = True  # the rollouts of a group get the same noise: it cancels in their advantage
     seed: int = 0  # of the diffusion noise
 
@@ -334,7 +334,8 @@ class VirtualEnv(gym.vector.VectorEnv):
     def __init__(self, world_model: WorldModel, reflector, config: VirtualEnvConfig, num_envs: int,
                  group_size: int = 1, first: int = 0, total: int | None = None):
         self.model, self.reflector, self.config, self.num_envs = world_model, reflector, config, num_envs
-        self.group_size, self.first, self.total = group_size if config.shared_noise else 1, first, total or num_envs
+        self.group_size, self.first = group_size if config.shared_noise else 1, first
+        self.groups = -(-(total or num_envs) // self.group_size)  # of all slots, here or not
         size, L = world_model.config.image_size, world_model.config.chunk_size
         self.single_observation_space = gym.spaces.Dict({
             "images": gym.spaces.Box(0, 255, (2, 3, size, size), np.uint8),
@@ -350,6 +351,7 @@ class VirtualEnv(gym.vector.VectorEnv):
         self.previous_actions = torch.zeros(num_envs, L, 7, device=self.device)
         self.begin, self.time = torch.zeros(2, num_envs, dtype=torch.long, device=self.device)  # first imagined, last frame
         self.alive = torch.zeros(num_envs, dtype=torch.bool, device=self.device)
+        self.luck = torch.zeros(num_envs, device=self.device)  # which quantile of their opening the fingers take
         self.task, self.instruction = torch.zeros(num_envs, dtype=torch.long, device=self.device), [""] * num_envs
         self.generator = torch.Generator()  # on the CPU: the same noise on every device
         self.reset_noise(0)
@@ -360,8 +362,8 @@ class VirtualEnv(gym.vector.VectorEnv):
 
     def reset(self, contexts: list[StartContext], mask: Tensor | None = None):
         """Start the slots where mask (B,) is True (None: all) from their entry of `contexts`. -> obs, info"""
-        chosen = range(self.num_envs) if mask is None else torch.as_tensor(mask).nonzero().flatten().tolist()
-        for i in chosen:
+        luck = 0.5 + (torch.rand(self.groups, generator=self.generator) - 0.5) * self.config.grasp_noise
+        for i in range(self.num_envs) if mask is None else torch.as_tensor(mask).nonzero().flatten().tolist():
             start, seen = contexts[i], len(contexts[i].images)
             missing = seen + self.config.horizon - self.frames.shape[1]
             if missing > 0:  # room for a longer past than any before
@@ -370,6 +372,7 @@ class VirtualEnv(gym.vector.VectorEnv):
             self.frames[i, :seen], self.states[i, :seen] = torch.from_numpy(start.images), torch.from_numpy(start.states)
             self.previous_actions[i], self.task[i] = torch.from_numpy(start.previous_actions), start.task_id
             self.begin[i] = self.time[i] = seen - 1
+            self.luck[i] = luck[(self.first + i) // self.group_size]
             self.alive[i], self.scores[i], self.instruction[i] = True, 0.0, start.instruction
         return self.observe(), {}
 
@@ -385,15 +388,12 @@ class VirtualEnv(gym.vector.VectorEnv):
         next_state (B, 8): where the robot truly went; without it, it is predicted.
         """
         score = torch.full((self.num_envs,), torch.nan, device=self.device)
-        groups = -(-self.total // self.group_size)  # of all slots, alive or not, here or not
-        noise = normal((groups, *self.model.diffused), self.generator, self.device)
-        uniform = torch.rand(groups, generator=self.generator).to(self.device)
-        uniform = 0.5 + (uniform - 0.5) * self.config.grasp_noise
+        noise = normal((self.groups, *self.model.diffused), self.generator, self.device)  # for slots that have ended, too
         slots = self.alive.nonzero().flatten()  # (b,)
         if len(slots):
             group = (self.first + slots) // self.group_size
             given = None if next_state is None else next_state.to(self.device)[slots]
-            self.imagine(slots, actions.to(self.device).float()[slots], noise[group], uniform[group], given)
+            self.imagine(slots, actions.to(self.device).float()[slots], noise[group], given)
         if len(slots) and self.reflector is not None:
             now, instruction = self.time[slots], [self.instruction[i] for i in slots.tolist()]
             first, before, current = (self.frames[slots, t] for t in (torch.zeros_like(now), now - 1, now))
@@ -408,13 +408,13 @@ class VirtualEnv(gym.vector.VectorEnv):
         self.alive &= ~(terminated | truncated)
         return self.observe(), reward, terminated, truncated, {"score": score}
 
-    def imagine(self, slots: Tensor, actions: Tensor, noise: Tensor, uniform: Tensor, next_state: Tensor | None):
+    def imagine(self, slots: Tensor, actions: Tensor, noise: Tensor, next_state: Tensor | None):
         """Append the next state and frames to the history of `slots` (b,)."""
         time, task = self.time[slots], self.task[slots]
         memory = slots[:, None], memory_index(time.cpu()).to(self.device)  # (b, 1), (b, F)
         if next_state is None:
             next_state = self.model.predict_state(self.frames[slots, time], self.states[slots, time],
-                                                  self.previous_actions[slots], actions, uniform, task)
+                                                  self.previous_actions[slots], actions, self.luck[slots], task)
         images = self.model.sample(self.frames[memory], self.states[memory], next_state, actions, noise, task)
         self.frames[slots, time + 1], self.states[slots, time + 1] = images, next_state
         self.previous_actions[slots], self.time[slots] = actions, time + 1

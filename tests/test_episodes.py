@@ -188,8 +188,9 @@ def test_half_of_a_grasp_batch_is_of_fingers_that_close_and_have_not_come_to_res
     apart = np.array([0.08, 0.08, 0.05, 0.03, 0.03, 0.03, 0.03, 0.08, 0.08], np.float32)
     episode.states[:] = apart[:, None] * np.eye(8)[6]
     episode.executed[:, 6] = np.repeat([-1, 1, 1, 1, 1, 1, -1, -1], 8)
-    data = ChunkData([episode], 8, "cpu")
-    assert data.grasping == [(0, 1), (0, 2), (0, 3)]
+    demonstrated, episode.temperature = replace(episode), 2.0
+    data = ChunkData([demonstrated, episode], 8, "cpu")
+    assert data.grasping == [(1, 1), (1, 2), (1, 3)], "of exploration alone"
     before = data.grasp_batch(400, torch.Generator().manual_seed(0))["state"][:, 6]
     count = torch.isclose(before, torch.tensor(0.05)).sum()  # frame 2 alone
     assert 72 < count < 115, "a third of one half, an eighth of the other"
