@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
-from runs import read_log
+from runs import read_json, read_log, write_json
 
 # ----------------------------------------------------------------------------------------------------------
 # report.md
@@ -40,6 +40,19 @@ MEANING = {  # what the reflector's numbers mean
     "brier": "mean squared error of the probability",
     "ece": "calibration error of the probability",
 }
+
+
+def write_run(run, about: dict, control_steps: dict):
+    """results.json, report.md and the learning curves, from what the stages left; print the report."""
+    held_out = {name: read_json(run.path(stage) / "held_out.json") for name, stage in
+                (("world_model", "simulate"), ("reflector", "reflect"))}
+    results = about | read_json(run.path("evaluate") / "results.json") | held_out | {
+        "videos": str(run.path("evaluate") / "videos"), "stages": run.seconds(), "control_steps": control_steps}
+    write_json(run.folder / "results.json", results)
+    learning_curves(run.folder / "curves.png", run.folder / "log.jsonl")
+    text = results_table(results)
+    (run.folder / "report.md").write_text(text + "\n")
+    print(f"\n{text}\n\nWritten to {run.folder}: report.md, results.json, curves.png, evaluate/videos/")
 
 
 def results_table(results: dict) -> str:

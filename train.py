@@ -43,7 +43,7 @@ from policy import Policy, anchor_loss, clone_loss
 from ppo import add_lora, improve, make_optimizer, merge_lora
 from reflector import Reflector, calibrate, reflector_loss
 from runs import (Run, UserError, clear_errors, find_model, fit, in_processes, load_resume, load_weights, read_json,
-                  save_resume, step_generator, write_json)
+                  read_log, save_resume, step_generator, write_json)
 from world_model import VirtualEnv, WorldModel, grasp_loss, world_model_loss
 
 CHECK_SEED = 20_000_000  # placements of `check`
@@ -82,7 +82,8 @@ def train(config: TrainConfig):
         elif any(later in config.stages for later in STAGES[STAGES.index(name):]):
             raise UserError(f"{run.path(name)} is missing: add {name} to --stages")
     if run.path("evaluate").is_dir() and rank() == 0:
-        finish(config, run)
+        about = {"task": config.task, "preset": config.preset, "seed": config.seed}
+        report.write_run(run, about, control_steps(run, config.rl_env))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -301,6 +302,13 @@ def imagine(config, run, folder, device):
         check_training(policy, config.ppo.microbatch, config.ppo.lora_rank, device, "--ppo.microbatch")
     optimizer = make_optimizer(policy, config.ppo)
     first = load_resume(folder, policy, optimizer)
+
+    def look(iteration):
+        kept = folder / f"check_{iteration:04d}"
+        run.log("check", iteration, check(config, run, policy, kept, device))
+        save_resume(kept, iteration, policy, optimizer)
+    if config.check.every and not first:
+        look(0)
     env, draw = virtual_world(config, run, device) if config.rl_env == "virtual" else true_world(config, device)
     anchor = partial(anchor_loss, data=data, size=config.ppo.anchor_batch, microbatch=config.ppo.microbatch)
     try:
@@ -311,10 +319,17 @@ def imagine(config, run, folder, device):
             metrics = improve(policy, optimizer, env, draw, config.ppo, step_generator(config.seed, iteration), anchor)
             run.log("imagine", iteration + 1, metrics)
             if config.check.every and (iteration + 1) % config.check.every == 0:
-                run.log("check", iteration + 1, check(config, run, policy, folder / f"check_{iteration + 1:04d}", device))
+                look(iteration + 1)
             save_resume(folder, iteration + 1, policy, optimizer)
     finally:
         env.close()
+    barrier()
+    looks = {step: record["true_success"] for (stage, step), record in read_log(run.folder / "log.jsonl").items()
+             if stage == "check" and (folder / f"check_{step:04d}" / "resume.safetensors").exists()}
+    if looks:
+        best = max(looks, key=lambda step: (looks[step], step))
+        load_resume(folder / f"check_{best:04d}", policy, optimizer)
+        print(f"imagine: the policy of iteration {best} is kept; true success by iteration: {looks}")
     if not config.policy.backbone:  # a pretrained policy's changes stay apart from its gigabytes
         merge_lora(policy)
     policy.save_pretrained(folder)
@@ -397,21 +412,6 @@ def evaluate(config, run, folder, device):
     last = list(policies)[-1]
     film_some(lines[last], folder / last, folder / "videos", config.evaluate.videos, world, reflector)
     write_json(folder / "results.json", results)
-
-
-def finish(config, run):
-    """results.json, report.md and the learning curves, from what the stages left; print the report."""
-    results = {"task": config.task, "preset": config.preset, "seed": config.seed}
-    results |= read_json(run.path("evaluate") / "results.json")
-    results |= {"world_model": read_json(run.path("simulate") / "held_out.json"),
-                "reflector": read_json(run.path("reflect") / "held_out.json"),
-                "videos": str(run.path("evaluate") / "videos"), "stages": run.seconds(),
-                "control_steps": control_steps(run, config.rl_env)}
-    write_json(run.folder / "results.json", results)
-    report.learning_curves(run.folder / "curves.png", run.folder / "log.jsonl")
-    text = report.results_table(results)
-    (run.folder / "report.md").write_text(text + "\n")
-    print(f"\n{text}\n\nWritten to {run.folder}: report.md, results.json, curves.png, evaluate/videos/")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ will hold; the pictures come from a diffusion model that is given the geometry a
 Departures from the paper:
 1. Diffusion of pixels (or of a VAE's latents, by flag), of a residual, in 1 Euler step; the paper's takes 27 DDIM steps.
 2. It imagines both views at once, and knows the camera poses: by default no VGGT, no CLIP, no ray maps; each is a flag.
-3. Memory (frames at 0, 1/3, 2/3 of the history and the last) is noised in training, save the first one.
+3. Memory (frames at 0, 1/3, 2/3 of the history and the last) is noised in training, save the first one. A rollout that
+   starts inside a recorded episode has that one's frames before its start for history.
 4. The action maps show the true next pose in training and the predicted one in imagination.
 5. The last part of its training shows it its own pictures of recorded episodes as memory, and the true next one as
    target (`train.simulate`): else they dissolve within five chunks, and no policy finds its way in them.
@@ -365,10 +366,9 @@ class VirtualEnv(gym.vector.VectorEnv):
         luck = 0.5 + (torch.rand(self.groups, generator=self.generator) - 0.5) * self.config.grasp_noise
         for i in range(self.num_envs) if mask is None else torch.as_tensor(mask).nonzero().flatten().tolist():
             start, seen = contexts[i], len(contexts[i].images)
-            missing = seen + self.config.horizon - self.frames.shape[1]
-            if missing > 0:  # room for a longer past than any before
-                self.frames, self.states = (torch.cat([history, torch.zeros_like(history[:, :1]).repeat_interleave(
-                    missing, dim=1)], dim=1) for history in (self.frames, self.states))
+            if (missing := seen + self.config.horizon - self.frames.shape[1]) > 0:  # room for a longer past than any before
+                self.frames, self.states = (F.pad(history, (0, 0) * (history.dim() - 2) + (0, missing))
+                                            for history in (self.frames, self.states))
             self.frames[i, :seen], self.states[i, :seen] = torch.from_numpy(start.images), torch.from_numpy(start.states)
             self.previous_actions[i], self.task[i] = torch.from_numpy(start.previous_actions), start.task_id
             self.begin[i] = self.time[i] = seen - 1

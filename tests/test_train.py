@@ -18,7 +18,7 @@ import train
 from episodes import Episode
 from intervals import wilson_interval
 from openvla_tiny import write_checkpoint
-from config import StartConfig, TrainConfig
+from config import StartConfig, TrainConfig, parse
 from playing import second_tries
 from runs import clear_errors
 from vlm_tiny import tiny_encoder, tiny_vae, tiny_vlm
@@ -62,7 +62,7 @@ def test_the_run_leaves_a_report_results_and_pictures(finished):
     assert set(results["paired"]["post_trained - cloned"]["oracle_stop"]) == {"difference", "ci95", "mcnemar_p"}
     assert list(results["stages"]) == ["demonstrate", "clone", "explore", "simulate", "reflect", "imagine", "evaluate"]
     steps = results["control_steps"]
-    assert steps["imagine"] == {"true": 0, "imagined": steps["imagine"]["imagined"]} and 0 < steps["imagine"]["imagined"] <= 2 * 8 * 24
+    assert 0 < steps["imagine"]["imagined"] <= 2 * 8 * 24 and 0 < steps["imagine"]["true"] <= 2 * 2 * 280  # two looks, two tasks
     explored = [np.load(path)["actions"] for path in (folder / "explore").glob("*.npz")]
     assert steps["explore"]["true"] >= sum(map(len, explored)) > 0 and steps["demonstrate"]["true"] > 100
     assert (folder / "report.md").read_text().strip() in process.stdout
@@ -243,9 +243,27 @@ def test_both_worlds_are_looked_at_between_rl_iterations(finished, tmp_path):
                   "--output_dir", folder)
     assert process.returncode == 0, process.stderr
     looks = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines() if '"check"' in line]
-    assert [look["step"] for look in looks] == [1] and {"true_success", "imagined_success"} <= set(looks[0])
+    assert [look["step"] for look in looks[-2:]] == [0, 1] and {"true_success", "imagined_success"} <= set(looks[-1])
     seeds = {json.loads(line)["seed"] for line in (folder / "imagine" / "check_0001" / "episodes.jsonl").read_text().splitlines()}
     assert min(seeds) >= 20_000_000, "the benchmark's states are for evaluation alone"
+
+
+def test_the_policy_that_truly_succeeds_most_often_is_kept_and_a_tie_goes_to_the_later(finished, tmp_path, monkeypatch):
+    seen = []
+
+    def look(config, run, policy, folder, device):
+        folder.mkdir()
+        seen.append({name: value.clone() for name, value in policy.state_dict().items()})
+        return {"true_success": next(rates), "imagined_success": 0.5}
+
+    monkeypatch.setattr(train, "check", look)
+    for name, values, best in (("later", [0.5, 0.7, 0.7, 0.6], 2), ("clone", [0.8, 0.7, 0.7, 0.6], 0)):
+        rates, folder = iter(values), copy_of(finished, tmp_path / name, ["imagine", "evaluate"])
+        seen.clear()
+        train.train(parse([*TINY, "--stages", "imagine", "--ppo.iterations", "3", "--ppo.lr_backbone", "1e-2", "--check.every", "1",
+                           "--output_dir", str(folder)]))
+        kept = load_file(folder / "imagine" / "model.safetensors")
+        assert [all(torch.equal(kept[key], weights[key]) for key in kept) for weights in seen] == [i == best for i in range(4)]
 
 
 def test_evaluate_is_a_command_of_its_own_that_goes_on_where_it_was(finished):
