@@ -125,7 +125,8 @@ class Episode:
     def until(self, frame) -> "Episode":
         """What led to `frame`, that one included."""
         frames = {name: getattr(self, name)[:frame + 1] for name in ("images", "states", "success")}
-        return replace(self, **frames, **{name: getattr(self, name)[:frame * self.stride] for name in ("actions", "executed")})
+        steps = {name: getattr(self, name)[:frame * self.stride] for name in ("actions", "executed")}
+        return replace(self, **frames, **steps)
 
     def followed_by(self, later) -> "Episode":
         """`later`, which begins in the last frame of this one, with this one as its past."""
@@ -159,12 +160,13 @@ def load_episodes(folder) -> list[Episode]:
 
 @dataclass
 class StartContext:
-    """Where an imagined rollout begins: a recorded frame, and those before it. The virtual environment needs nothing else."""
+    """Where an imagined rollout begins: a recorded frame, and those before it. Nothing else is needed."""
     images: np.ndarray  # (T+1, V, 3, H, W) uint8, one a chunk: what has been seen, the last one is now
     states: np.ndarray  # (T+1, 8)
     instruction: str
     previous_actions: np.ndarray  # (L, 7): the chunk that led here, zeros at the start of an episode
     task_id: int
+    luck: float = 0.5  # the quantile that the fingers' opening takes wherever it is uncertain; 0.5: its median
 
 
 def first_closing(states) -> int | None:
@@ -271,7 +273,7 @@ class ChunkData:
     def grasp_batch(self, size, generator) -> dict:
         """Frames (B, V, 3, H, W) uint8 and what follows them, as `transitions`: for the fingers alone.
 
-        Half of the frames are `undecided` ones of exploration, of all frames an eighth: a demonstration's fingers never miss.
+        Half of the frames are `undecided` ones of exploration, of all an eighth: a demonstration's fingers never miss.
         """
         half = self._draw(size // 2, generator, self.grasping or self.index)
         picks = half + self._draw(size - len(half), generator)

@@ -243,7 +243,7 @@ def measure_world(arguments, run, trained, suite, task_ids, policy, world, refle
     contexts = [LiberoContext(task, TEST_SEED + i) for task in task_ids for i in range(arguments.episodes)]
     heat = [arguments.temperatures[context.seed % len(arguments.temperatures)] for context in contexts]
     sizes, explored = policy.config, trained["explore"]
-    virtual = VirtualEnvConfig(**trained["virtual"] | {"stop": StopRule(**trained["virtual"]["stop"])})
+    virtual = VirtualEnvConfig(trained["virtual"]["horizon"], StopRule(**trained["virtual"]["stop"]))
     env = LiberoVectorEnv(suite, num_procs, sizes.image_size, sizes.chunk_size, linger=explored["linger"],
                           mesh_cell=explored["mesh_cell"], device=device)
     try:
@@ -261,7 +261,7 @@ def measure_world(arguments, run, trained, suite, task_ids, policy, world, refle
     library = load_episodes(run / "demonstrate" / "episodes") + load_episodes(run / "explore")
     stopped = imagined_success(policy, world, reflector, data.starts(list(firsts.values())), virtual.horizon, virtual)
     closed_loop = stopped, [line["oracle_stop"] for line in lines]
-    measured = measure(world, reflector, policy, test, library, virtual, folder, closed_loop)
+    measured = measure(world, reflector, policy, test, library, virtual.stop, folder, closed_loop)
     write_json(folder / "fidelity.json", measured)
     report.fidelity_plots(folder / "fidelity.png", measured)
     text = report.fidelity_report(measured)

@@ -43,12 +43,12 @@ VIEWS = ("agentview", "wrist")
 # Imagining what was recorded
 # ---------------------------------------------------------------------------------------------------------------------
 def open_loop(world: WorldModel, reflector: Reflector | None, data: ChunkData, picks, horizon, actions_of=None, seed=0,
-              batch=32, true_states=False, virtual=VirtualEnvConfig()):
+              batch=32, true_states=False):
     """Imagine at most `horizon` chunks from frame t of track k on, with the recorded actions, for every (k, t).
 
     actions_of: (k, t) pairs whose actions are played instead. true_states: the robot goes where it truly went, so that
-    the pictures alone are imagined, of what truly happened. virtual: for its `grasp_noise`. Yields, in order, frames
-    (T+1, V, 3, H, W) uint8, states (T+1, 8) and the reflector's scores (T,), NaN without a reflector.
+    the pictures alone are imagined, of what truly happened. Yields, in order, frames (T+1, V, 3, H, W) uint8, states
+    (T+1, 8) and the reflector's scores (T,), NaN without a reflector.
     """
     for first in range(0, len(picks), batch):
         here = picks[first:first + batch]
@@ -62,7 +62,7 @@ def open_loop(world: WorldModel, reflector: Reflector | None, data: ChunkData, p
             row[:len(rows)] = rows[:T]
             truth = torch.from_numpy(data.tracks[k].states[t + 1:t + 1 + T])
             going[:len(truth)] = truth
-        config = replace(virtual, horizon=T, stop=StopRule(eta=2.0), shared_noise=False, seed=seed + first)  # never stops
+        config = VirtualEnvConfig(T, StopRule(eta=2.0), shared_noise=False, seed=seed + first)  # never stops
         env = VirtualEnv(world, reflector, config, len(here))
         env.reset(data.starts(here))
         scores = []
@@ -76,16 +76,15 @@ def open_loop(world: WorldModel, reflector: Reflector | None, data: ChunkData, p
                    scores[row, :T_row])
 
 
-def imagine_episodes(world, reflector, episodes, seed=0, true_states=False,
-                     virtual=VirtualEnvConfig()) -> tuple[list[Episode], list[np.ndarray]]:
+def imagine_episodes(world, reflector, episodes, seed=0, true_states=False) -> tuple[list[Episode], list[np.ndarray]]:
     """Each episode imagined from its first frame (one taken up again: from there), with its TRUE success labels; and the
     scores (T,) of its frames."""
     chunk_size = world.config.chunk_size
     data = ChunkData(episodes, chunk_size, next(world.parameters()).device, every_offset=False)
     order = sorted(range(len(episodes)), key=lambda k: len(data.tracks[k].actions) - data.past[k])  # of one length together
     imagined, scores = [None] * len(episodes), [None] * len(episodes)
-    played = open_loop(world, reflector, data, [(k, data.past[k]) for k in order], 10_000, seed=seed, true_states=true_states,
-                       virtual=virtual)
+    picks = [(k, data.past[k]) for k in order]
+    played = open_loop(world, reflector, data, picks, 10_000, seed=seed, true_states=true_states)
     for k, (frames, states, scores[k]) in zip(order, played):
         track, past = data.tracks[k], data.past[k]
         actions = track.actions.reshape(-1, 7)
@@ -322,10 +321,10 @@ def violations(world, true, imagined, block=4, change=25, reach=12) -> dict:
     return {"violating_steps": float(torch.cat(steps).float().mean()), "violating_episodes": float(np.mean(episodes))}
 
 
-def stability(world, reflector, episodes, virtual, noises=8) -> dict:
+def stability(world, reflector, episodes, rule, noises=8) -> dict:
     """The same actions under several noises: variance of the verdict, and how often it is not unanimous."""
-    verdicts = np.array([[bool(virtual.stop.stops(values).any()) for values in
-                          imagine_episodes(world, reflector, episodes, seed=1000 * (n + 1), virtual=virtual)[1]]
+    verdicts = np.array([[bool(rule.stops(values).any()) for values in
+                          imagine_episodes(world, reflector, episodes, seed=1000 * (n + 1))[1]]
                          for n in tqdm(range(noises), desc="stability", unit="noise")])  # (noises, E)
     return {"verdict_variance": float(verdicts.var(axis=0).mean()),
             "not_unanimous": float(((verdicts.mean(0) > 0) & (verdicts.mean(0) < 1)).mean())}
@@ -363,15 +362,15 @@ def check_trust(world: dict, reflector: dict, least_auroc=0.8):
 HORIZONS = (1, 2, 5, 10, 15, 20)
 
 
-def measure(world, reflector, policy, test, library, virtual, folder, closed_loop) -> dict:
+def measure(world, reflector, policy, test, library, rule, folder, closed_loop) -> dict:
     """Everything above on the episodes `test`, which nothing was trained on; pictures go to `folder`.
 
     library: the training episodes, for the nearest-episode rival and the probe. policy: its picture tokens are the
-    feature distance. virtual: the virtual environment's settings. closed_loop: the policy's successes in imagination, and
+    feature distance. rule: when the reflector stops. closed_loop: the policy's successes in imagination, and
     true ones from the same starts.
     """
-    chunk_size, rule = world.config.chunk_size, virtual.stop
-    imagined, scores = imagine_episodes(world, reflector, test, virtual=virtual)
+    chunk_size = world.config.chunk_size
+    imagined, scores = imagine_episodes(world, reflector, test)
     true_scores = frame_scores(reflector, test, chunk_size)
     with_start = [np.concatenate([true[:1], values]) for true, values in zip(true_scores, scores)]
     result = {"episodes": len(test), "failures": sum(not episode.success.any() for episode in test),
@@ -382,7 +381,7 @@ def measure(world, reflector, policy, test, library, virtual, folder, closed_loo
                             "imagined": reflector_quality(reflector, imagined, chunk_size, rule, with_start)},
               "violations": violations(world, test, imagined),
               "following": action_following(world, train_probe(world, library), test, imagined, HORIZONS),
-              "stability": stability(world, reflector, test, virtual)}
+              "stability": stability(world, reflector, test, rule)}
 
     @torch.no_grad()
     def features(frames):

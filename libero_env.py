@@ -110,8 +110,7 @@ class LiberoTask:
         if init_state is None:
             self._soft_reset(seed, joint_noise=0.02)
             init_state = self.env.get_sim_state()
-        # A reset must come before the state is set: it gives the controller its goal. With another goal the hand turns
-        # by up to 20 degrees while it settles.
+        # First a reset, which gives the controller its goal: with another one the hand turns by up to 20 degrees.
         self._soft_reset(seed, joint_noise=0.0)
         if len(init_state) != len(self.env.get_sim_state()):
             raise UserError(f"the installed benchmark's initial states do not fit its task {self.task_id} of {self.suite}")
@@ -256,7 +255,7 @@ class LiberoContext:
     task_id: int
     seed: int = 0
     init_state: np.ndarray | None = None  # (D,)
-    history: Episode | None = None  # an episode taken up again: what led to the first frame
+    history: Episode | None = None  # what led to the first frame of an episode that is taken up again
     max_steps: int | None = None  # control steps after which it is cut off; None: the environment's
     take: int = 0  # tells episodes of one task and seed apart
 
@@ -302,9 +301,8 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
         """Start `contexts[i]` in every slot where mask (B,) holds (default: all); the other slots stay as they are."""
         chosen = [i for i in range(self.num_envs) if mask is None or mask[i]]
         for i in chosen:
-            context = contexts[i]
-            prefix = context.history.executed if context.history else ()
-            self._pipes[i].send(("reset", context.task_id, context.seed, context.init_state, prefix))
+            prefix = contexts[i].history.executed if contexts[i].history else ()
+            self._pipes[i].send(("reset", contexts[i].task_id, contexts[i].seed, contexts[i].init_state, prefix))
         for i in chosen:
             images, state, instruction = self._receive(i)
             self._slots[i] = {"first": images, "previous": images, "images": images, "state": state, "steps": 0,

@@ -259,7 +259,7 @@ def reflect(config, run, folder, device):
         lambda step, metrics: run.log("reflect", step, metrics))
     if rank():
         return
-    worlds = {"true": held_out, "imagined": imagine_episodes(world, None, held_out, seed=1, virtual=config.virtual)[0]}
+    worlds = {"true": held_out, "imagined": imagine_episodes(world, None, held_out, seed=1)[0]}
     everything = held_out + imagine_episodes(world, None, held_out, seed=1, true_states=True)[0]
     labels = torch.cat([torch.from_numpy(episode.chunks(L).success).float() for episode in everything])
     calibrate(reflector, torch.cat(frame_logits(reflector, everything, L)).cpu(), labels)
@@ -337,8 +337,7 @@ def imagine(config, run, folder, device):
 
 def check(config, run, policy, folder, device) -> dict:
     """Success of the greedy policy in the true simulator, and in imagination from the same first frames."""
-    contexts = [LiberoContext(task, CHECK_SEED + number)
-                for task in config.task_ids for number in range(config.check.episodes)]
+    contexts = [LiberoContext(task, CHECK_SEED + n) for task in config.task_ids for n in range(config.check.episodes)]
     env, _ = true_world(config, device)
     try:
         lines = play(policy, env, contexts, folder, "check", config.seed)
@@ -370,12 +369,13 @@ def virtual_world(config, run, device):
         names = torch.multinomial(torch.tensor([*kinds.values()]), count, replacement=True, generator=generator).tolist()
         keys = [([*kinds][name], config.task_ids[task]) for name, task in zip(names, tasks)]
         chosen = [pools.get(key) or pools["opening", key[1]] for key in keys]  # a task may have no such frame
-        return data.starts([pool[int(torch.randint(len(pool), (), generator=generator))] for pool in chosen])
+        starts = data.starts([pool[int(torch.randint(len(pool), (), generator=generator))] for pool in chosen])
+        luck = 0.5 + start.luck * (torch.rand(count, generator=generator) - 0.5)
+        return [replace(context, luck=value) for context, value in zip(starts, luck.tolist())]
 
-    world, reflector = load_world(config, run, device)
-    virtual = replace(config.virtual, seed=config.seed)
     mine, K = shard(range(config.ppo.groups)), config.ppo.group_size
-    return VirtualEnv(world, reflector, virtual, len(mine) * K, K, mine[0] * K, config.ppo.groups * K), draw
+    return VirtualEnv(*load_world(config, run, device), replace(config.virtual, seed=config.seed), len(mine) * K, K,
+                      mine[0] * K, config.ppo.groups * K), draw
 
 
 def true_world(config, device):

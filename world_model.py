@@ -316,7 +316,6 @@ class VirtualEnvConfig:
     """The virtual environment."""
     horizon: int = 20  # chunks after which an imagined episode is cut off (T_max)
     stop: StopRule = field(default_factory=StopRule)
-    grasp_noise: float = 0.0  # 0: the fingers' most middling opening; 1: a quantile of it, drawn once a rollout
     shared_noise: bool = True  # the rollouts of a group get the same noise: it cancels in their advantage
     seed: int = 0  # of the diffusion noise
 
@@ -363,7 +362,6 @@ class VirtualEnv(gym.vector.VectorEnv):
 
     def reset(self, contexts: list[StartContext], mask: Tensor | None = None):
         """Start the slots where mask (B,) is True (None: all) from their entry of `contexts`. -> obs, info"""
-        luck = 0.5 + (torch.rand(self.groups, generator=self.generator) - 0.5) * self.config.grasp_noise
         for i in range(self.num_envs) if mask is None else torch.as_tensor(mask).nonzero().flatten().tolist():
             start, seen = contexts[i], len(contexts[i].images)
             if (missing := seen + self.config.horizon - self.frames.shape[1]) > 0:  # room for a longer past than any before
@@ -371,8 +369,7 @@ class VirtualEnv(gym.vector.VectorEnv):
                                             for history in (self.frames, self.states))
             self.frames[i, :seen], self.states[i, :seen] = torch.from_numpy(start.images), torch.from_numpy(start.states)
             self.previous_actions[i], self.task[i] = torch.from_numpy(start.previous_actions), start.task_id
-            self.begin[i] = self.time[i] = seen - 1
-            self.luck[i] = luck[(self.first + i) // self.group_size]
+            self.begin[i], self.time[i], self.luck[i] = seen - 1, seen - 1, start.luck
             self.alive[i], self.scores[i], self.instruction[i] = True, 0.0, start.instruction
         return self.observe(), {}
 

@@ -12,7 +12,7 @@ from fidelity import (GripperProbe, agreement, check_trust, gripper_pixels, hori
 from geometry import Camera, Cameras
 from reflector import StopRule
 from runs import UserError
-from world_model import VirtualEnvConfig, WorldModelConfig
+from world_model import WorldModelConfig
 
 CAMERAS = Cameras(Camera(45.0, [0.9, 0.0, 0.65], [[0.0, -0.6, 0.8], [1.0, 0.0, 0.0], [0.0, 0.8, 0.6]]),
                   Camera(75.0, [0.05, 0.0, -0.097], [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]]), 0.0)
@@ -120,9 +120,9 @@ def test_an_imagined_episode_keeps_its_true_labels_and_verdicts_are_compared_wit
 
 
 def test_stability_sees_noise_that_decides_the_verdict():
-    assert stability(Mover(), Bright(), EPISODES, VirtualEnvConfig(stop=ONE), noises=3) == {"verdict_variance": 0.0, "not_unanimous": 0.0}
+    assert stability(Mover(), Bright(), EPISODES, ONE, noises=3) == {"verdict_variance": 0.0, "not_unanimous": 0.0}
     near = [episode([5, 0])] * 4  # ends at 100 exactly: only noise lifts it
-    assert stability(Mover(noise=2000.0), Bright(), near, VirtualEnvConfig(stop=ONE), noises=6)["not_unanimous"] > 0
+    assert stability(Mover(noise=2000.0), Bright(), near, ONE, noises=6)["not_unanimous"] > 0
 
 
 def test_an_object_that_vanishes_is_a_violation_unless_the_gripper_is_there():

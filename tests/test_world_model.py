@@ -248,20 +248,12 @@ def test_groups_share_their_noise():
     assert not torch.equal(frames[0], frames[1])
 
 
-def test_the_fingers_luck_is_drawn_once_a_rollout_and_shared_in_a_group():
-    def lucks(noise, seed=0):
-        model, seen = make_model(), []
-        inner = model.predict_state
-        model.predict_state = lambda *given: (seen.append(given[4].tolist()), inner(*given))[1]
-        env = VirtualEnv(model, None, VirtualEnvConfig(grasp_noise=noise, seed=seed), 4, group_size=2)
-        play(env, make_contexts(4), make_actions(4, 2))
-        play(env, make_contexts(4), make_actions(4, 1))
-        return seen
-
-    assert lucks(0.0) == [[0.5] * 4] * 3
-    first, second, other = lucks(1.0)
-    assert first == second != other and first[0] == first[1] != first[2] == first[3]
-    assert all(0.4 < luck < 0.6 for row in lucks(0.2) for luck in row) and lucks(1.0) != lucks(1.0, seed=1)
+def test_a_start_tells_how_lucky_the_fingers_are_in_all_of_its_rollout():
+    model, seen, contexts = make_model(), [], make_contexts(3)
+    inner = model.predict_state
+    model.predict_state = lambda *given: (seen.append(given[4].tolist()), inner(*given))[1]
+    play(VirtualEnv(model, None, VirtualEnvConfig(), 3), [contexts[0], replace(contexts[1], luck=0.25), contexts[2]], make_actions(3, 2))
+    assert seen == [[0.5, 0.25, 0.5]] * 2
 
 
 def test_resetting_one_slot_leaves_the_others_bit_equal():
