@@ -333,11 +333,11 @@ def stability(world, reflector, episodes, rule, noises=8) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 # May reinforcement learning start?
 # ---------------------------------------------------------------------------------------------------------------------
-def check_trust(world: dict, reflector: dict, least_auroc=0.8):
+def check_trust(world: dict, reflector: dict, least_auroc=0.7):
     """UserError where RL would learn in a world that does not follow its actions, or is paid by a blind reflector.
 
     world: `horizon_errors`; reflector: {"true", "imagined": `reflector_quality` | {"outcome": `agreement`}}; of held-out
-    episodes.
+    episodes, a third of which are far wilder than RL. It has gained where that AUROC was 0.78 (ABLATIONS.md).
     """
     remedy = "more exploration (--explore.episodes) or training helps; --trust_world goes on all the same"
     for view in VIEWS:

@@ -158,7 +158,7 @@ def test_rl_is_refused_in_a_world_that_does_not_follow_its_actions(change, words
                 for frames, count in (("imagined", found), ("true", on_true_frames))}
     if words is None:
         check_trust(world, quality(0.9, 1))
-        for reflector, at_fault in ((quality(None, 1), "reflector"), (quality(0.7, 1), "reflector"),
+        for reflector, at_fault in ((quality(None, 1), "reflector"), (quality(0.65, 1), "reflector"),
                                     (quality(0.94, 0, 0), "reflector"), (quality(0.94, 0), "world simulator")):
             with pytest.raises(UserError, match=f"the {at_fault} cannot be trusted.*--trust_world"):
                 check_trust(world, reflector)  # the last two never pay
