@@ -23,6 +23,8 @@ Departures from Algorithm 1, and what the paper leaves open:
     (`persistence`), for the first chunks of a rollout alone (`explore_chunks`), which starts just before a grasp: a
     small part of the paper's dimensions, and those that decide. `log_prob` stays that of one chunk by itself. With a
     draw for every step, gradients of 64 rollouts each had nothing in common (cosine 0 in the mean, ABLATIONS.md).
+ 7. A supervised loss on the demonstrations is added (`anchor`): without it a fast policy soon finds what the virtual world
+    is wrong about.
 As in the paper: no critic, no KL, no entropy bonus, rewards not divided by their deviation.
 
 Shapes: B rollouts = G groups × K, T time in chunks, V camera views, L action-chunk length, A action
