@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 
+from episodes import Episode
 from libero_env import LiberoContext
 from playing import play, read_lines
 from policy import ActionDistribution
@@ -62,7 +63,6 @@ def played(folder, env, contexts=CONTEXTS, seed=0):
 
 
 def read(path):
-    from episodes import Episode
     return Episode.load(path).actions
 
 
@@ -103,3 +103,13 @@ def test_a_line_that_a_kill_cut_short_is_played_again(tmp_path):
     env = Env(1)
     played(tmp_path, env)
     assert env.logs == [[2]] and len(path.read_text().splitlines()) == 9
+
+
+def test_an_episode_taken_up_again_is_kept_with_what_led_to_it(tmp_path):
+    played(tmp_path, Env(1), CONTEXTS[:1])
+    first = Episode.load(tmp_path / "task00_seed000000.npz")
+    again = LiberoContext(0, 0, history=first.until(2), take=1)
+    (line,) = play(Noisy(), Env(1), [again], tmp_path, "test", 0, [1.0])
+    kept = Episode.load(tmp_path / line["file"])
+    assert line["before"] == 4 and kept.past == 2 and len(kept.images) == 6 and len(kept.actions) == 4 + 6
+    assert (kept.states[:2] == first.states[:2]).all() and (kept.actions[:4] == first.actions[:4]).all()
