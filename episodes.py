@@ -16,6 +16,7 @@ from runs import UserError
 
 VIEWS = ("agentview", "wrist")
 MEMORY = 4  # F: frames at 0, 1/3 and 2/3 of the history, and the last one (EnerVerse-AC's sparse memory)
+PER_FRAME, PER_STEP = ("images", "states", "success"), ("actions", "executed")  # an `Episode`'s arrays
 CLOSING = 0.072  # m: fingers less open than this have begun to close
 
 
@@ -124,16 +125,15 @@ class Episode:
 
     def until(self, frame) -> "Episode":
         """What led to `frame`, that one included."""
-        frames = {name: getattr(self, name)[:frame + 1] for name in ("images", "states", "success")}
-        steps = {name: getattr(self, name)[:frame * self.stride] for name in ("actions", "executed")}
-        return replace(self, **frames, **steps)
+        ends = dict.fromkeys(PER_FRAME, frame + 1) | dict.fromkeys(PER_STEP, frame * self.stride)
+        return replace(self, **{name: getattr(self, name)[:end] for name, end in ends.items()})
 
     def followed_by(self, later) -> "Episode":
         """`later`, which begins in the last frame of this one, with this one as its past."""
-        frames = {name: np.concatenate([getattr(self, name)[:-1], getattr(later, name)])
-                  for name in ("images", "states", "success")}
-        steps = {name: np.concatenate([getattr(self, name), getattr(later, name)]) for name in ("actions", "executed")}
-        return replace(later, **frames, **steps, past=len(self.images) - 1)
+        past = len(self.images) - 1
+        ends = dict.fromkeys(PER_FRAME, past) | dict.fromkeys(PER_STEP, len(self.actions))
+        return replace(later, past=past, **{name: np.concatenate([getattr(self, name)[:end], getattr(later, name)])
+                                            for name, end in ends.items()})
 
     def save(self, path):
         """Write a compressed .npz under a temporary name, then rename it."""

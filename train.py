@@ -307,11 +307,11 @@ def imagine(config, run, folder, device):
         kept = folder / f"check_{iteration:04d}"
         run.log("check", iteration, check(config, run, policy, kept, device))
         save_resume(kept, iteration, policy, optimizer)
-    if config.check.every and not first:
-        look(0)
     env, draw = virtual_world(config, run, device) if config.rl_env == "virtual" else true_world(config, device)
     anchor = partial(anchor_loss, data=data, size=config.ppo.anchor_batch, microbatch=config.ppo.microbatch)
     try:
+        if config.check.every and not first:
+            look(0)
         for iteration in tqdm(range(first, config.ppo.iterations), initial=first, total=config.ppo.iterations,
                               desc="imagine", unit="iteration"):
             if config.rl_env == "virtual":

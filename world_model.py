@@ -362,11 +362,13 @@ class VirtualEnv(gym.vector.VectorEnv):
 
     def reset(self, contexts: list[StartContext], mask: Tensor | None = None):
         """Start the slots where mask (B,) is True (None: all) from their entry of `contexts`. -> obs, info"""
-        for i in range(self.num_envs) if mask is None else torch.as_tensor(mask).nonzero().flatten().tolist():
+        chosen = range(self.num_envs) if mask is None else torch.as_tensor(mask).nonzero().flatten().tolist()
+        missing = max((len(contexts[i].images) for i in chosen), default=0) + self.config.horizon - self.frames.shape[1]
+        if missing > 0:  # room for a longer past than any before
+            self.frames, self.states = (F.pad(history, (0, 0) * (history.dim() - 2) + (0, missing))
+                                        for history in (self.frames, self.states))
+        for i in chosen:
             start, seen = contexts[i], len(contexts[i].images)
-            if (missing := seen + self.config.horizon - self.frames.shape[1]) > 0:  # room for a longer past than any before
-                self.frames, self.states = (F.pad(history, (0, 0) * (history.dim() - 2) + (0, missing))
-                                            for history in (self.frames, self.states))
             self.frames[i, :seen], self.states[i, :seen] = torch.from_numpy(start.images), torch.from_numpy(start.states)
             self.previous_actions[i], self.task[i] = torch.from_numpy(start.previous_actions), start.task_id
             self.begin[i], self.time[i], self.luck[i] = seen - 1, seen - 1, start.luck

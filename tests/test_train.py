@@ -63,7 +63,11 @@ def test_the_run_leaves_a_report_results_and_pictures(finished):
     assert set(results["paired"]["post_trained - cloned"]["oracle_stop"]) == {"difference", "ci95", "mcnemar_p"}
     assert list(results["stages"]) == ["demonstrate", "clone", "explore", "simulate", "reflect", "imagine", "evaluate"]
     steps = results["control_steps"]
-    assert 0 < steps["imagine"]["imagined"] <= 2 * 8 * 24 and 0 < steps["imagine"]["true"] <= 2 * 2 * 280  # two looks, two tasks
+    looks = [json.loads(line)["steps"] for path in (folder / "imagine").glob("check_*/episodes.jsonl")
+             for line in path.read_text().splitlines()]
+    assert len(looks) == 2 * 2, "before RL and after, an episode of two tasks each"
+    assert steps["imagine"] == {"true": sum(looks), "imagined": steps["imagine"]["imagined"]}
+    assert 0 < steps["imagine"]["imagined"] <= 2 * 8 * 24
     explored = [np.load(path)["actions"] for path in (folder / "explore").glob("*.npz")]
     assert steps["explore"]["true"] >= sum(map(len, explored)) > 0 and steps["demonstrate"]["true"] > 100
     assert (folder / "report.md").read_text().strip() in process.stdout
