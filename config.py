@@ -66,7 +66,8 @@ class TrainConfig:
     num_demos: int = 5  # demonstrations a task
     refresh: str = ""  # finished run folder to go on from: its last policy explores, its data and weights are kept
     init_world: str = ""  # folder or hub id of a world simulator of this size, whose weights training starts from
-    rl_env: Literal["virtual", "libero", "none"] = "virtual"  # where RL happens; none: clone successes instead
+    rl_env: Literal["virtual", "libero", "none"] = "virtual"  # where RL happens; none: filtered cloning alone
+    filtered_cloning: bool = False  # before RL, clone what exploration succeeded at, too
     trust_world: bool = False  # start RL even where the held-out episodes say that the imagination is no good
     device: str = "auto"  # "auto" takes the GPU where there is one; or "cpu", "cuda"
     num_procs: int = 0  # simulator processes, shared out among torchrun's; 0: one a core
@@ -126,7 +127,7 @@ def stage_settings(config, name) -> dict:
     """The part of the configuration that a finished stage depends on directly."""
     sections = {"demonstrate": ("demos", "num_demos"), "clone": ("policy", "clone"), "explore": ("explore",),
                 "simulate": ("world_model", "init_world", "simulate", "drift", "grasp"), "reflect": ("reflector", "reflect"),
-                "imagine": ("virtual", "start", "ppo", "check", "rl_env"), "evaluate": ("evaluate",)}
+                "imagine": ("virtual", "start", "ppo", "check", "rl_env", "filtered_cloning"), "evaluate": ("evaluate",)}
     values = asdict(config)
     chosen = {key: values[key] for key in ("task", "task_ids", "seed", "refresh", *sections[name])}
     for value in chosen.values():

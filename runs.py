@@ -265,6 +265,7 @@ def save_resume(folder, step, model, optimizer):
     tensors = {f"model.{key}": value for key, value in learned(model).items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
+    Path(folder).mkdir(exist_ok=True)
     _write_tensors(Path(folder) / "resume.safetensors", tensors | {"step": torch.tensor(step)})
 
 

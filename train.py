@@ -132,8 +132,7 @@ def clone(config, run, folder, device):
         check_training(policy, config.clone.batch_size, config.policy.lora_rank, device, "--clone.batch_size")
     else:
         policy = Policy(config.policy, normalizer)
-    data = CloneData(demonstrations(run), policy.normalizer, config.policy.chunk_size, device)
-    fit_clone("clone", compiled(policy.to(device), config), data, config, run, folder, device)
+    fit_clone("clone", compiled(policy.to(device), config), demonstrations(run), config, run, folder, device)
     policy.save_pretrained(folder)
 
 
@@ -159,7 +158,8 @@ def first_policy(config, run, device):
     return compiled(load_policy(Path(config.refresh) / "imagine" if config.refresh else run.path("clone"), device), config)
 
 
-def fit_clone(name, policy, data, config, run, folder, device):
+def fit_clone(name, policy, episodes, config, run, folder, device):
+    data = CloneData(episodes, policy.normalizer, config.policy.chunk_size, device)
     fit(name, policy, lambda step, generator: data.batch(config.clone.batch_size, generator), clone_loss,
         config.clone, folder, config.seed, device, lambda step, metrics: run.log(name, step, metrics))
 
@@ -228,7 +228,6 @@ def simulate(config, run, folder, device):
         lambda step, metrics: run.log("drift", step, metrics))
     copies = ChunkData(imagined_copies(world, recorded, folder / "imagined"), L, device)
     half = config.grasp.batch_size // 2
-    (folder / "grasp").mkdir(exist_ok=True)
     fit("grasp", world.grasp_predictor,
         lambda _, generator: joined(data.grasp_batch(half, generator), copies.grasp_batch(half, generator)),
         lambda _, batch, generator, rows: grasp_loss(world, batch, generator, rows), config.grasp, folder / "grasp",
@@ -284,17 +283,17 @@ def frozen(model_class, folder, config, device):
 # 6 imagine
 # ---------------------------------------------------------------------------------------------------------------------
 def imagine(config, run, folder, device):
-    """RLOO + PPO (Algorithm 1) from the cloned policy, in the virtual environment; two baselines by `rl_env`."""
+    """RLOO + PPO (Algorithm 1) in the virtual environment, by flag after filtered cloning; two baselines by `rl_env`."""
     if config.rl_env == "virtual" and not config.trust_world:
         check_trust(read_json(run.path("simulate") / "held_out.json"), read_json(run.path("reflect") / "held_out.json"))
     if config.ppo.groups < world_size():
         raise UserError(f"{world_size()} processes cannot share {config.ppo.groups} groups: raise --ppo.groups")
     policy = first_policy(config, run, device)
     torch.manual_seed(config.seed)
-    successes = [episode for episode in explored(config, run)[0] if episode.success.any()] if config.rl_env == "none" else []
-    data = CloneData(demonstrations(run) + successes, policy.normalizer, config.policy.chunk_size, device)
+    if config.filtered_cloning or config.rl_env == "none":
+        successes = [episode for episode in explored(config, run)[0] if episode.success.any()]
+        fit_clone("filtered", policy, demonstrations(run) + successes, config, run, folder / "filtered", device)
     if config.rl_env == "none":
-        fit_clone("imagine", policy, data, config, run, folder, device)
         return policy.save_pretrained(folder)
     if config.ppo.lora_rank:
         add_lora(policy, config.ppo.lora_rank)
@@ -308,6 +307,7 @@ def imagine(config, run, folder, device):
         run.log("check", iteration, check(config, run, policy, kept, device))
         save_resume(kept, iteration, policy, optimizer)
     env, draw = virtual_world(config, run, device) if config.rl_env == "virtual" else true_world(config, device)
+    data = CloneData(demonstrations(run), policy.normalizer, config.policy.chunk_size, device)
     anchor = partial(anchor_loss, data=data, size=config.ppo.anchor_batch, microbatch=config.ppo.microbatch)
     try:
         if config.check.every and not first:
@@ -404,8 +404,7 @@ def evaluate(config, run, folder, device):
         starts = starts.starts([(k, 0) for k in range(len(starts.tracks))])
         horizon = step_limit(config.task) // sizes.chunk_size
         for name, policy in tqdm(policies.items(), desc="evaluate in imagination", unit="policy"):
-            results["imagined"][name] = proportion(imagined_success(policy, world, reflector, starts, horizon,
-                                                                    config.virtual))
+            results["imagined"][name] = proportion(imagined_success(policy, world, reflector, starts, horizon, config.virtual))
     if rank():
         return
     (folder / "videos").mkdir(exist_ok=True)

@@ -149,6 +149,12 @@ def test_the_rival_clones_the_explored_successes_too(finished, tmp_path):
     assert run(*command).returncode == 0
     again = load_file(folder / "imagine" / "model.safetensors")
     assert any(not torch.equal(first[key], again[key]) for key in first), "another success must change what is cloned"
+    for iterations in (0, 1):  # RL starts where the rival ends
+        shutil.rmtree(folder / "imagine")
+        assert run(*command[:-4], "--filtered_cloning", "--ppo.iterations", iterations, "--check.every", 0, "--ppo.lr_heads", 1,
+                   *command[-2:]).returncode == 0
+        last = load_file(folder / "imagine" / "model.safetensors")
+        assert all(torch.equal(last[key], again[key]) for key in again) == (iterations == 0)
 
 
 def test_a_refresh_explores_with_the_last_policy_and_keeps_data_and_weights(finished, tmp_path):
