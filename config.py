@@ -47,7 +47,7 @@ class StartConfig:
 class CheckConfig:
     """A look at both worlds while RL goes on, from fresh placements, never from the benchmark's states.
 
-    The policy that truly succeeded most often is kept: that before RL is among them. A tie goes to the later one.
+    The policy that truly succeeded most often is kept: that before RL is among them. A tie goes to the earlier one.
     """
     every: int = 20  # RL iterations between two looks; 0: none, the last policy is kept
     episodes: int = 5  # episodes a task

@@ -327,7 +327,7 @@ def imagine(config, run, folder, device):
     looks = {step: record["true_success"] for (stage, step), record in read_log(run.folder / "log.jsonl").items()
              if stage == "check" and (folder / f"check_{step:04d}" / "resume.safetensors").exists()}
     if looks:
-        best = max(looks, key=lambda step: (looks[step], step))
+        best = max(looks, key=lambda step: (looks[step], -step))
         load_resume(folder / f"check_{best:04d}", policy, optimizer)
         print(f"imagine: the policy of iteration {best} is kept; true success by iteration: {looks}")
     if not config.policy.backbone:  # a pretrained policy's changes stay apart from its gigabytes

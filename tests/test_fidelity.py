@@ -157,7 +157,9 @@ def test_rl_is_refused_in_a_world_that_does_not_follow_its_actions(change, words
         return {frames: {"auroc": auroc, "outcome": agreement([True] * count + [False] * (7 - count), [True] * 7)}
                 for frames, count in (("imagined", found), ("true", on_true_frames))}
     if words is None:
-        check_trust(world, quality(0.9, 1))
+        check_trust(world, quality(0.9, 4))
+        with pytest.raises(UserError, match="right on 3 of 7"):
+            check_trust(world, quality(0.9, 3))
         for reflector, at_fault in ((quality(None, 1), "reflector"), (quality(0.65, 1), "reflector"),
                                     (quality(0.94, 0, 0), "reflector"), (quality(0.94, 0), "world simulator")):
             with pytest.raises(UserError, match=f"the {at_fault} cannot be trusted.*--trust_world"):
