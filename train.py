@@ -404,7 +404,8 @@ def evaluate(config, run, folder, device):
         starts = starts.starts([(k, 0) for k in range(len(starts.tracks))])
         horizon = step_limit(config.task) // sizes.chunk_size
         for name, policy in tqdm(policies.items(), desc="evaluate in imagination", unit="policy"):
-            results["imagined"][name] = proportion(imagined_success(policy, world, reflector, starts, horizon, config.virtual))
+            imagined = imagined_success(policy, world, reflector, starts, horizon, config.virtual)
+            results["imagined"][name] = proportion(imagined)
     if rank():
         return
     (folder / "videos").mkdir(exist_ok=True)
