@@ -44,7 +44,7 @@ def test_the_tables_over_seeds_follow_too(runs):
     assert len(rows) > 4 and not [row for row in rows if row not in (ROOT / "RESULTS.md").read_text()]
 
 
-@pytest.mark.parametrize("seeds, variants", [("012", ["", "_filtered"]), ("02", ["", "_filtered", "_filtered_rl"])])
+@pytest.mark.parametrize("seeds, variants", [("0123", ["", "_filtered"]), ("02", ["", "_filtered", "_filtered_rl"])])
 def test_rl_and_filtered_cloning_are_compared_on_the_same_episodes(seeds, variants):
     pooled = {}
     for run in (ROOT / "results" / f"libero_object_seed{seed}{variant}" for variant in variants for seed in seeds):

@@ -101,7 +101,7 @@ def test_the_same_command_again_skips_everything_and_prints_the_same_report(fini
 
 
 def test_rl_stopped_after_two_iterations_and_resumed_equals_a_straight_run_of_four(finished, tmp_path):
-    four = ["train.py", *TINY, "--stages", "imagine", "--ppo.iterations", 4, "--ppo.lora_rank", 2, "--output_dir"]
+    four = ["train.py", *TINY, "--stages", "imagine", "--ppo.iterations", 4, "--ppo.lora_rank", 2, "--check.every", 0, "--output_dir"]
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     straight = copy_of(finished, tmp_path / "a", ["imagine", "evaluate"])
     assert run(*four, straight).returncode == 0
