@@ -340,7 +340,8 @@ def check_trust(world: dict, reflector: dict, least_auroc=0.7):
     episodes, a third of which are far wilder than RL. It has gained where that AUROC was 0.78 and 19 of 30 verdicts were
     right, and lost where 0.72 and 12 (ABLATIONS.md, RESULTS.md).
     """
-    remedy = "more exploration (--explore.episodes) or training helps; --trust_world goes on all the same"
+    remedy = ("more exploration (--explore.episodes) or training helps; --rl_env none clones what exploration succeeded at "
+              "instead; --trust_world goes on all the same")
     for view in VIEWS:
         predicted, *rivals = (world[f"psnr_{view}_1_{kind}"] for kind in ("predicted", "still", "shuffled"))
         if predicted <= max(rivals):

@@ -30,7 +30,7 @@ from geometry import MAX_OPENING, Cameras, camera_pose, opening, pixel_grid, pro
 
 STATE_FEATURES = 11  # width of `state_features`
 BINS = 20  # of the fingers' opening, MAX_OPENING / BINS wide, and of the lift
-LOWEST, LIFTS = -0.016, 0.08  # m: the lowest lift, and how far all of them span
+LOWEST, LIFTS = -0.018, 0.08  # m: the lowest lift, and how far all of them span; one bin's middle is 0, no lift
 
 
 def state_features(state: Tensor, normalizer: Normalizer) -> Tensor:
@@ -68,6 +68,16 @@ class PosePredictor(nn.Module):
         """-> (B, 6) in m, rad."""
         x = torch.cat([features, previous_actions.flatten(1), actions.flatten(1)], dim=1)
         return (self.kinematics(x) + self.correction(x)) * self.scale
+
+
+def free_air_loss(wrong: Tensor, usual=0.02) -> Tensor:
+    """Cauchy's negative log-likelihood of errors (N, 6) in units of SCALE, position and rotation each by their length.
+
+    Errors far above `usual` (1 mm, 0.1 degrees) hardly count: there the hand touched something, which kinematics cannot
+    know. By absolute error, contacts spoil what is learned of free air (ABLATIONS.md, "Kinematics of free air").
+    """
+    squared = torch.stack([wrong[:, :3].square().sum(1), wrong[:, 3:].square().sum(1)])  # (2, N)
+    return usual * (squared / usual**2).log1p().mean()
 
 
 def moved(state: Tensor, change: Tensor) -> Tensor:
@@ -149,4 +159,5 @@ def in_contact(pose: Tensor, logits: Tensor, uniform: Tensor) -> Tensor:
     uniform (B,), and its median lift."""
     apart = MAX_OPENING * quantile(logits[:, 0], uniform)
     lift = LOWEST + LIFTS * quantile(logits[:, 1], torch.full_like(uniform, 0.5))
+    lift = torch.where(lift.abs() > LIFTS / BINS / 2, lift, 0.0)  # within the middle bin: none
     return torch.cat([pose[:, :2], (pose[:, 2] + lift)[:, None], pose[:, 3:6], torch.stack([apart, -apart], 1) / 2], dim=1)

@@ -43,8 +43,8 @@ from torch import Tensor, nn
 from encoders import Injection, Latents
 from episodes import MEMORY, Normalizer, StartContext, finger_history, memory_index, to_float, to_uint8
 from geometry import Cameras, action_map, agent_memory, opening, ray_map, turn_between, wrist_memory
-from kinematics import (STATE_FEATURES, GraspPredictor, PosePredictor, contact_bins, in_contact, moved, state_features,
-                        surroundings)
+from kinematics import (STATE_FEATURES, GraspPredictor, PosePredictor, contact_bins, free_air_loss, in_contact, moved,
+                        state_features, surroundings)
 from reflector import StopRule
 from runs import UserError, autocast, find_model, load_weights, read_json, save_model
 
@@ -263,7 +263,7 @@ def noised(images: Tensor, most: float, generator: torch.Generator) -> Tensor:
 
 
 def world_model_loss(model: WorldModel, batch: dict, generator: torch.Generator, rows=slice(None)) -> tuple[Tensor, dict]:
-    """EDM's loss on the residual + L1 of the hand's change in units of its scale, for `rows` of the batch.
+    """EDM's loss on the residual + `kinematics.free_air_loss` of the hand, for `rows` of the batch.
 
     batch: `ChunkData.world_batch`. The noise is drawn for all of it: a row's does not depend on how it is cut.
     """
@@ -285,7 +285,7 @@ def world_model_loss(model: WorldModel, batch: dict, generator: torch.Generator,
     before, previous_actions, played, after = (value[rows].flatten(0, 1) for value in batch["transitions"])  # N rows
     change = torch.cat([after[:, :3] - before[:, :3], turn_between(before, after)], dim=1)  # (N, 6)
     wrong = model.pose_predictor(state_features(before, model.normalizer), previous_actions, played) - change
-    pose_loss = (wrong / model.pose_predictor.scale).abs().mean()
+    pose_loss = free_air_loss(wrong / model.pose_predictor.scale)
     loss = denoising.mean() + pose_loss
 
     with torch.no_grad():
