@@ -34,7 +34,7 @@ class ExploreConfig:
 class StartConfig:
     """Where imagined rollouts start in recorded episodes, whose frames until then they remember. What the fractions leave
     over starts at first frames."""
-    contact: float = 0.9  # fraction that starts two to four chunks before the fingers first close (WoVR's keyframes)
+    contact: float = 0.9  # fraction that starts two to four chunks before the fingers close (WoVR's keyframes)
     release: float = 0.0  # fraction that starts two to four chunks before they open again
     midway: float = 0.1  # fraction that starts at any later frame in which the task is not done
     hottest: float = 2.0  # only episodes explored at most at this temperature: in hotter ones the hand is often lost

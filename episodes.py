@@ -169,17 +169,10 @@ class StartContext:
     luck: float = 0.5  # the quantile that the fingers' opening takes wherever it is uncertain; 0.5: its median
 
 
-def first_closing(states) -> int | None:
-    """The first of the frames `states` (T, 8) in which the fingers have begun to close."""
-    closing = np.flatnonzero(opening(states) < CLOSING)
-    return int(closing[0]) if len(closing) else None
-
-
-def first_opening(states) -> int | None:
-    """The first of the frames `states` (T, 8), after the fingers have begun to close, in which they are open again."""
-    closing = first_closing(states)
-    opened = np.flatnonzero(opening(states[closing:]) >= CLOSING) if closing is not None else []
-    return closing + int(opened[0]) if len(opened) else None
+def finger_moments(states) -> dict[str, list[int]]:
+    """The frames of `states` (T, 8) in which the fingers have begun to close ("contact") and are open again ("release")."""
+    change = np.diff((opening(states) < CLOSING).astype(int), prepend=0)
+    return {"contact": np.flatnonzero(change == 1).tolist(), "release": np.flatnonzero(change == -1).tolist()}
 
 
 def undecided(track: Chunked) -> np.ndarray:
@@ -253,10 +246,8 @@ class ChunkData:
         self.index = [(k, t) for k, t in self.frames if t < len(self.tracks[k].actions)]  # frames with a successor
         self.grasping = [(k, t) for k, track in enumerate(self.tracks) if self.episodes[k].temperature
                          for t in np.flatnonzero(undecided(track)).tolist() if t >= self.past[k]]
-        self.moments = [{"contact": first_closing(track.states), "release": first_opening(track.states)}
-                        for track in self.tracks]
-        opened = [moments["release"] for moments in self.moments]
-        self.letting_go = [(k, t) for k, t in self.frames if opened[k] is not None and 0 <= t - opened[k] <= 3]
+        self.moments = [finger_moments(track.states) for track in self.tracks]
+        self.letting_go = [(k, t) for k, t in self.frames if any(0 <= t - m <= 3 for m in self.moments[k]["release"])]
         self.before_it = [(k, t - 1) for k, t in self.letting_go]
 
     def world_batch(self, size, generator, transitions=1024) -> dict:
@@ -337,16 +328,16 @@ class ChunkData:
 
     def start_pools(self) -> dict[tuple[str, int], list]:
         """Frames to start from, by kind and task: first ones ("opening"), those two to four chunks before the fingers
-        first close ("contact") or open again ("release"), and all later ones ("midway"); only where the task is not done
-        and was not."""
+        close ("contact") or open again ("release"), and all later ones ("midway"); only where the task is not done and
+        was not."""
         pools = {}
         for k, t in self.index:
             task = self.episodes[k].task_id
             if self.tracks[k].success[:t + 1].any():
                 continue
             pools.setdefault(("midway" if t else "opening", task), []).append((k, t))
-            for kind, moment in self.moments[k].items():
-                if moment is not None and 2 <= moment - t <= 4:
+            for kind, moments in self.moments[k].items():
+                if any(2 <= moment - t <= 4 for moment in moments):
                     pools.setdefault((kind, task), []).append((k, t))
         return pools
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from distributed import gather, rank, shard, world_size
-from episodes import Episode, first_closing, first_opening
+from episodes import Episode, finger_moments
 from libero_env import LiberoContext, LiberoVectorEnv
 from ppo import rollout
 from runs import read_log, step_generator
@@ -32,8 +33,8 @@ def second_tries(episodes, config) -> list[LiberoContext]:
     for number, episode in enumerate(episodes):
         if episode.seed % 1000 < config.explore.held_out:
             continue
-        for kind, moment in enumerate((first_closing(episode.states), first_opening(episode.states))):
-            for take in range(1, 1 + retries) if moment else ():
+        for kind, moments in enumerate(finger_moments(episode.states).values()):
+            for moment, take in product(moments[:1], range(1, 1 + retries)):
                 start = max(0, moment - 1 - (number + take) % 3)
                 contexts.append(LiberoContext(episode.task_id, episode.seed, history=episode.until(start),
                                               take=take + kind * retries, max_steps=(moment + 3 - start) * L))

@@ -158,6 +158,9 @@ def test_rollouts_start_before_contact_and_release_inside_episodes_and_at_their_
                      ("contact", 3): [(0, 1), (0, 2), (0, 3)]}
     episode.states[6:, 6] = 0.08  # and open again from frame 6 on
     assert ChunkData([episode], 8, "cpu").start_pools() == pools | {("release", 3): [(0, 2), (0, 3), (0, 4)]}
+    episode.states[8, 6] = 0.0  # a second grasp, as in a task of two steps
+    again = ChunkData([episode], 8, "cpu").start_pools()
+    assert again["contact", 3] == [(0, t) for t in range(1, 7)] and len(again["release", 3]) == 3
 
 
 def test_normalising_is_undone_and_leaves_the_gripper_alone():
