@@ -344,7 +344,7 @@ class Expert:
         cost = 0.5 * np.abs(yaws) + 8 * np.linalg.norm(centres[:, :2] - middle[:2], axis=1)
         base = self.data.get_body_xpos("robot0_base")[:2]
         reach = np.linalg.norm(centres[:, :2] - base, axis=1)
-        cost = cost + 0.5 * reach + 0.1 * centres[:, 1]  # of two alike, one
+        cost = cost + 0.5 * reach - 4 * centres[:, 1]  # of two sides the left one, always: a clone of both goes in between
         cost = cost + 40 * np.maximum(reach - REACH, 0)
         if self.opening < CLOSING:  # what the fingers are about to hold
             turn = np.abs(np.sin(yaws - self.yaw()))

@@ -161,3 +161,18 @@ def test_expert_grips_a_can_in_its_middle_for_at_its_edge_it_slips():
         assert free and np.abs(grip[:2] - (points.min(0) + points.max(0)) / 2).max() < 0.005
     finally:
         task.close()
+
+
+def test_expert_always_grips_the_same_side_of_a_bowl_for_a_clone_of_both_goes_in_between():
+    task = LiberoTask("libero_goal", 4)
+    try:
+        sides = []
+        for seed in range(10):
+            task.reset(seed=seed)
+            expert = Expert(task, np.random.default_rng(seed))
+            expert.action()
+            (_, bowl, cabinet), = expert.goals
+            sides.append((expert.grip(bowl, cabinet)[0] - expert.origin(bowl))[1])
+        assert min(sides) > 0.03, f"{np.round(sides, 3)}: its rim is 5 cm from its middle"
+    finally:
+        task.close()

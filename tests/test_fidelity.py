@@ -153,17 +153,20 @@ def test_the_probe_answers_in_pixels_of_the_picture():
 def test_rl_is_refused_in_a_world_that_does_not_follow_its_actions(change, words):
     world = {f"psnr_{view}_1_{kind}": value for view in ("agentview", "wrist")
              for kind, value in (("predicted", 25.0), ("still", 20.0), ("shuffled", 19.0))} | change
-    def quality(auroc, found, on_true_frames=7):
-        return {frames: {"auroc": auroc, "outcome": agreement([True] * count + [False] * (7 - count), [True] * 7)}
+    def quality(auroc, found, on_true_frames=7, fooled=0):  # successes found, of 7; failures that are taken for one, of 9
+        verdicts = lambda count: [True] * count + [False] * (7 - count) + [True] * fooled + [False] * (9 - fooled)
+        return {frames: {"auroc": auroc, "outcome": agreement(verdicts(count), [True] * 7 + [False] * 9)}
                 for frames, count in (("imagined", found), ("true", on_true_frames))}
     if words is None:
-        check_trust(world, quality(0.9, 4))
-        with pytest.raises(UserError, match="right on 3 of 7"):
+        check_trust(world, quality(0.9, 4, fooled=5))
+        with pytest.raises(UserError, match="right on 7 of 16"):
+            check_trust(world, quality(0.9, 4, fooled=6))
+        with pytest.raises(UserError, match="of 7 held-out successes 3 are successes in imagination, 7 on true frames"):
             check_trust(world, quality(0.9, 3))
         for reflector, at_fault in ((quality(None, 1), "reflector"), (quality(0.65, 1), "reflector"),
                                     (quality(0.94, 0, 0), "reflector"), (quality(0.94, 0), "world simulator")):
             with pytest.raises(UserError, match=f"the {at_fault} cannot be trusted.*--trust_world"):
-                check_trust(world, reflector)  # the last two never pay
+                check_trust(world, reflector)  # the last two pay nothing
     else:
         with pytest.raises(UserError, match=words):
             check_trust(world, quality(0.9, 1))
