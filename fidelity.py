@@ -354,9 +354,9 @@ def check_trust(world: dict, reflector: dict, least_auroc=0.7):
     imagined, true = (reflector[frames]["outcome"]["missed_success"] for frames in ("imagined", "true"))
     if 2 * imagined["count"] > imagined["of"] or not imagined["of"]:  # it would not pay what is right
         at_fault = "reflector" if 2 * true["count"] >= true["of"] else "world simulator"
-        raise UserError(f"the {at_fault} cannot be trusted: of {true['of']} held-out successes "
-                        f"{imagined['of'] - imagined['count']} are successes in imagination, {true['of'] - true['count']} on "
-                        f"true frames: {remedy}")
+        found = [cell["of"] - cell["count"] for cell in (imagined, true)]
+        raise UserError(f"the {at_fault} cannot be trusted: of {true['of']} held-out successes {found[0]} are successes in "
+                        f"imagination, {found[1]} on true frames: {remedy}")
     verdict = reflector["imagined"]["outcome"]["agreement"]
     if 2 * verdict["count"] < verdict["of"]:
         raise UserError(f"the imagination cannot be trusted: its verdict is right on {verdict['count']} of {verdict['of']} "
