@@ -351,12 +351,12 @@ def check_trust(world: dict, reflector: dict, least_auroc=0.7):
     if score is None or score < least_auroc:
         raise UserError(f"the reflector cannot be trusted: its AUROC on imagined frames is {score}, below {least_auroc}: "
                         f"{remedy}")
-    imagined, true = (reflector[frames]["outcome"]["missed_success"] for frames in ("imagined", "true"))
-    if 2 * imagined["count"] > imagined["of"] or not imagined["of"]:  # it would not pay what is right
-        at_fault = "reflector" if 2 * true["count"] >= true["of"] else "world simulator"
-        found = [cell["of"] - cell["count"] for cell in (imagined, true)]
-        raise UserError(f"the {at_fault} cannot be trusted: of {true['of']} held-out successes {found[0]} are successes in "
-                        f"imagination, {found[1]} on true frames: {remedy}")
+    missed = [reflector[frames]["outcome"]["missed_success"] for frames in ("imagined", "true")]
+    successes, (imagined, true) = missed[0]["of"], (cell["of"] - cell["count"] for cell in missed)  # found
+    if 2 * imagined < successes or not successes:  # it would not pay what is right
+        at_fault = "reflector" if 2 * true <= successes else "world simulator"
+        raise UserError(f"the {at_fault} cannot be trusted: of {successes} held-out successes {imagined} are successes in "
+                        f"imagination, {true} on true frames: {remedy}")
     verdict = reflector["imagined"]["outcome"]["agreement"]
     if 2 * verdict["count"] < verdict["of"]:
         raise UserError(f"the imagination cannot be trusted: its verdict is right on {verdict['count']} of {verdict['of']} "
