@@ -74,7 +74,7 @@ class TrainConfig:
     bf16: Literal["auto", "on", "off"] = "auto"  # the world simulator's U-Net in bfloat16; "auto": on a GPU
     compile: bool = False  # torch.compile the networks: minutes at the start of a stage, faster from then on
     policy: PolicyConfig = field(default_factory=PolicyConfig)
-    clone: FitConfig = field(default_factory=lambda: FitConfig(steps=1600, batch_size=32, lr=1e-3))
+    clone: FitConfig = field(default_factory=lambda: FitConfig(steps=1600, batch_size=32, lr=1e-3, muon=True))
     explore: ExploreConfig = field(default_factory=ExploreConfig)
     world_model: WorldModelConfig = field(default_factory=lambda: WorldModelConfig(channels=(32, 64, 96)))
     simulate: FitConfig = field(default_factory=lambda: FitConfig(steps=1500, batch_size=16, lr=1e-3))
@@ -94,7 +94,7 @@ def tiny() -> TrainConfig:
     fast = dict(warmup=5, save_every=10)
     return TrainConfig(
         preset="tiny", task_ids=(0, 1), num_demos=1, trust_world=True, policy=PolicyConfig.tiny(),
-        clone=FitConfig(steps=60, batch_size=16, **fast), explore=ExploreConfig(episodes=2, held_out=1, retries=1),
+        clone=FitConfig(steps=60, batch_size=16, muon=True, **fast), explore=ExploreConfig(episodes=2, held_out=1, retries=1),
         world_model=WorldModelConfig(channels=(16, 32, 32), patch=4), simulate=FitConfig(steps=30, batch_size=8, **fast),
         drift=FitConfig(steps=10, batch_size=8, **fast), grasp=FitConfig(steps=20, batch_size=8, **fast),
         reflector=ReflectorConfig(channels=16, width=32), reflect=FitConfig(steps=30, batch_size=8, **fast),

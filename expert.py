@@ -30,6 +30,7 @@ FINGERTIP = 0.016  # from the grip point down to the tips
 PALM = np.array([0.105, 0.036])  # half its length, in the direction that the fingers open in, and depth
 REACH = 0.75  # of the hand from the robot's base; further out the arm is straight, and a straight arm does not bend again
 GENTLE = 0.35  # of a push, close to a grasp or a release: what is learned there is where exactly to go
+NEAR = 0.03  # of its target the hand slows down: a clone's small errors in a command are small errors in place
 SPACING = 0.02  # between the points that stand for a collision shape
 
 
@@ -63,7 +64,7 @@ class Expert:
         near = np.concatenate(list(self.cloud.values())) - self.position
         if axis[2] > -0.85 and np.linalg.norm(self.turn_to(rotation)) > 0.5 and np.linalg.norm(near, axis=1).min() < 0.07:
             target, rotation = self.position - 0.05 * axis, self.rotation  # first out of the handle that it holds
-        motion = np.concatenate([(target - self.position) / 0.05, self.turn_to(rotation) / 0.5])
+        motion = np.concatenate([(target - self.position) / NEAR, self.turn_to(rotation) / 0.5])
         motion *= min(1.0, self.speed / np.abs(motion).max())  # as a whole: the path stays straight
         return np.append(motion, gripper)
 

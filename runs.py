@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import distributed
+from muon import Muon
 
 
 class UserError(Exception):
@@ -307,13 +308,14 @@ def parts(batch, accumulate) -> list[tuple[slice, float]]:
 
 @dataclass
 class FitConfig:
-    """Supervised training of one component: AdamW, linear warm-up, cosine decay."""
+    """Supervised training of one component: Muon or AdamW, linear warm-up, cosine decay."""
     steps: int = 1000  # optimiser steps
     batch_size: int = 32  # samples a step, of all processes together
     accumulate: int = 1  # parts that a process's share of them is cut into: gradients add up, so it is memory alone
     lr: float = 1e-3  # peak learning rate
     warmup: int = 100  # steps of linear warm-up
-    weight_decay: float = 0.01  # AdamW's decoupled weight decay
+    muon: bool = False  # orthogonal updates for matrices and kernels (muon.py); off: AdamW for all
+    weight_decay: float = 0.01  # decoupled weight decay
     max_grad_norm: float = 1.0  # gradient norm above which gradients are scaled down
     save_every: int = 250  # steps between resume checkpoints and log lines
 
@@ -326,7 +328,8 @@ def fit(name, model, make_batch, loss_fn, config: FitConfig, folder, seed, devic
     log(step, metrics): receives the metrics averaged since the last call, every `save_every` steps.
     Raises UserError at the first loss that is not finite.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = Muon(model, config.lr, config.weight_decay) if config.muon else torch.optim.AdamW(
+        model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     first, sums = load_resume(folder, model, optimizer), {}
     if distributed.rank():
         torch.manual_seed(seed + distributed.rank())  # for dropout, the one thing that is drawn row by row
