@@ -21,6 +21,7 @@ Departures from OpenVLA-OFT and World-Env:
     of the hand: on two tasks of LIBERO-Object 18 of 30 episodes succeeded at b = 0.03 and 5 of 30 at b = 0.1.
     Besides, with the bias at -3 a clamp at -2 passes no gradient: the scale head could not learn.
  5. In cloning the scale head learns from detached features and a detached loc: its gradient stays its own.
+ 6. Cloning is by Muon (muon.py) instead of AdamW: it gets as far in two thirds of the steps (ABLATIONS.md).
 
 Shapes: B batch, V views, L action-chunk length, A action dimensions, C, H, W image, N words, D width.
 

@@ -119,7 +119,7 @@ def test_two_processes_learn_what_one_does(results, name):
     assert (one[name] - two[name]).norm() < 1e-2 * one[name].norm() and one[name].norm() > 1e-3
     for key, value in log[name].items():
         if not key.endswith("_noise"):  # thirds of the batch by noise level: each part has its own
-            assert other[name][key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
+            assert other[name][key] == pytest.approx(value, rel=5e-3, abs=1e-4), key
 
 
 def test_processes_stay_together_bit_for_bit(results):

@@ -19,8 +19,8 @@ def read(folder):
     return {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in paths}
 
 
-def tables(lines, **more):
-    text = results_table({"task": "", "preset": "", "seed": 0} | summarize(lines, StopRule(confirm=2)) | more)
+def tables(lines, stop="both", **more):
+    text = results_table({"task": "", "preset": "", "seed": 0} | summarize(lines, StopRule(confirm=2), stop) | more)
     return [row for row in text.splitlines() if row.startswith("|")]
 
 
@@ -55,4 +55,12 @@ def test_rl_and_filtered_cloning_are_compared_on_the_same_episodes(seeds, polici
     rows = tables(pooled)
     rows = [row.removesuffix(" – |") for row in rows[2:rows.index(next(row for row in rows if row.startswith("| task")))]]
     assert len(rows) == len(pooled) * (len(pooled) + 1) / 2  # a row a policy and a row a pair
+    assert not [row for row in rows if row not in (ROOT / "RESULTS.md").read_text()]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "results" / "clones").glob("*.jsonl")), ids=lambda file: file.stem)
+def test_todays_clones_follow_too(file):
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = tables({"cloned": lines}, stop="oracle")
+    assert len(lines) >= 100 and len(rows) > 13  # a row a task
     assert not [row for row in rows if row not in (ROOT / "RESULTS.md").read_text()]
