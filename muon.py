@@ -11,12 +11,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-NARROW = 32  # what reads or gives no more numbers than that (an action; LoRA) is left to AdamW, as are embeddings, biases, norms
+NARROW = 32  # what reads or gives no more numbers than that (an action; LoRA) is left to AdamW, as embeddings and norms are
 SIZE = 0.4  # root mean square of a square matrix's update, of the learning rate; AdamW's is 0.2 to 0.4
 
 
 class Muon(torch.optim.AdamW):
-    """For a model's linear maps and convolutions, whose kernels are read as matrices (out, in · k · k); AdamW for the rest."""
+    """For linear maps and convolutions, whose kernels are read as matrices (out, in · k · k); AdamW for the rest."""
 
     def __init__(self, model, lr, weight_decay, momentum=0.95):
         weights = [module.weight for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
