@@ -32,7 +32,9 @@ class Muon(torch.optim.AdamW):
             for weight in group["params"] if group["orthogonal"] else ():
                 if weight.grad is None:
                     continue
-                trace = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+                if not self.state[weight]:  # "step": AdamW looks for it in a state that it loads
+                    self.state[weight] = {"step": torch.tensor(0.0), "momentum": torch.zeros_like(weight)}
+                trace = self.state[weight]["momentum"]
                 trace.mul_(self.momentum).add_(weight.grad)
                 update = orthogonal((weight.grad + self.momentum * trace).flatten(1)).view_as(weight)
                 size = SIZE * max(weight.flatten(1).shape) ** 0.5

@@ -57,3 +57,14 @@ def test_a_step_moves_against_the_gradient():
         optimizer.step()
         losses.append(value.item())
     assert losses[-1] < 0.2 * losses[0]
+
+
+def test_momentum_goes_on_where_the_gradient_is_zero():
+    net = model()
+    optimizer = Muon(net, lr=0.01, weight_decay=0.0)
+    loss(net, torch.arange(9)).backward()
+    optimizer.step()
+    before = net["hidden"].weight.detach().clone()
+    net["hidden"].weight.grad = torch.zeros(48, 48)
+    optimizer.step()
+    assert (net["hidden"].weight - before).square().mean().sqrt() > 1e-3

@@ -19,15 +19,15 @@ from world_model import WorldModel
 CPU = torch.device("cpu")
 
 
-def train_line(folder, steps, total=8, lr=0.1):
+def train_line(folder, steps, total=8, lr=0.1, width=1, muon=False):
     """Fit y = 2x for `steps` of `total` steps, resuming what `folder` holds. The schedule is that of `total` steps."""
     torch.manual_seed(0)
-    model = nn.Linear(1, 1)
+    model = nn.Linear(width, width)
 
     def batch(step, generator):
         if step >= steps:
             raise KeyboardInterrupt
-        x = torch.randn(4, 1, generator=generator)
+        x = torch.randn(4, width, generator=generator)
         return {"x": x, "y": 2 * x}
 
     def loss_fn(model, batch, generator, rows):
@@ -35,7 +35,7 @@ def train_line(folder, steps, total=8, lr=0.1):
         loss = (model(batch["x"]) + noise - batch["y"])[rows].square().mean()
         return loss, {"loss": loss.item()}
 
-    config = FitConfig(steps=total, lr=lr, warmup=2, save_every=2)
+    config = FitConfig(steps=total, lr=lr, warmup=2, save_every=2, muon=muon)
     try:
         fit("line", model, batch, loss_fn, config, folder, 0, CPU, lambda step, metrics: None)
     except KeyboardInterrupt:
@@ -43,11 +43,12 @@ def train_line(folder, steps, total=8, lr=0.1):
     return model
 
 
-def test_stop_and_resume_equals_a_straight_run_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("how", [{}, {"width": 40, "muon": True}], ids=["adamw", "muon"])
+def test_stop_and_resume_equals_a_straight_run_bit_for_bit(how, tmp_path):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    straight = train_line(tmp_path / "a", 8)
-    train_line(tmp_path / "b", 5)  # killed in step 5; the last checkpoint is of step 4
-    resumed = train_line(tmp_path / "b", 8)
+    straight = train_line(tmp_path / "a", 8, **how)
+    train_line(tmp_path / "b", 5, **how)  # killed in step 5; the last checkpoint is of step 4
+    resumed = train_line(tmp_path / "b", 8, **how)
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), resumed.parameters()))
 
 
