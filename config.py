@@ -77,8 +77,8 @@ class TrainConfig:
     clone: FitConfig = field(default_factory=lambda: FitConfig(steps=1600, batch_size=32, lr=1e-3, muon=True))
     explore: ExploreConfig = field(default_factory=ExploreConfig)
     world_model: WorldModelConfig = field(default_factory=lambda: WorldModelConfig(channels=(32, 64, 96)))
-    simulate: FitConfig = field(default_factory=lambda: FitConfig(steps=1500, batch_size=16, lr=1e-3))
-    drift: FitConfig = field(default_factory=lambda: FitConfig(steps=600, batch_size=16, lr=5e-4))
+    simulate: FitConfig = field(default_factory=lambda: FitConfig(steps=1300, batch_size=16, lr=1e-3, muon=True))
+    drift: FitConfig = field(default_factory=lambda: FitConfig(steps=500, batch_size=16, lr=5e-4, muon=True))
     grasp: FitConfig = field(default_factory=lambda: FitConfig(steps=500, batch_size=64, lr=1e-3, weight_decay=0.05))
     reflector: ReflectorConfig = field(default_factory=ReflectorConfig)
     reflect: FitConfig = field(default_factory=lambda: FitConfig(steps=600, batch_size=32, lr=1e-3, weight_decay=0.1))
@@ -96,8 +96,9 @@ def tiny() -> TrainConfig:
         preset="tiny", task_ids=(0, 1), num_demos=1, trust_world=True, policy=PolicyConfig.tiny(),
         clone=FitConfig(steps=60, batch_size=16, muon=True, **fast),
         explore=ExploreConfig(episodes=2, held_out=1, retries=1),
-        world_model=WorldModelConfig(channels=(16, 32, 32), patch=4), simulate=FitConfig(steps=30, batch_size=8, **fast),
-        drift=FitConfig(steps=10, batch_size=8, **fast), grasp=FitConfig(steps=20, batch_size=8, **fast),
+        world_model=WorldModelConfig(channels=(16, 32, 32), patch=4),
+        simulate=FitConfig(steps=30, batch_size=8, muon=True, **fast),
+        drift=FitConfig(steps=10, batch_size=8, muon=True, **fast), grasp=FitConfig(steps=20, batch_size=8, **fast),
         reflector=ReflectorConfig(channels=16, width=32), reflect=FitConfig(steps=30, batch_size=8, **fast),
         virtual=VirtualEnvConfig(horizon=3), ppo=PPOConfig(iterations=2, groups=2, group_size=4, minibatch=32),
         check=CheckConfig(every=2, episodes=1), evaluate=EvaluateConfig(episodes=1))
@@ -131,14 +132,17 @@ def stage_settings(config, name) -> dict:
                 "imagine": ("virtual", "start", "ppo", "check", "rl_env", "filtered_cloning"), "evaluate": ("evaluate",)}
     values = asdict(config)
     chosen = {key: values[key] for key in ("task", "task_ids", "seed", "refresh", *sections[name])}
+    if name == "demonstrate":  # what it draws
+        chosen |= {"policy": {"image_size": config.policy.image_size}, "explore": {"mesh_cell": config.explore.mesh_cell}}
     for value in chosen.values():
         if isinstance(value, dict):
-            value.pop("accumulate", None)  # memory alone: it may change when a killed run goes on
+            for name in ("accumulate", "microbatch"):  # memory alone: they may change when a killed run goes on
+                value.pop(name, None)
     return chosen
 
 
 def parse(arguments: list[str]) -> TrainConfig:
-    """The preset first, then every flag on top of it. UserError where sizes that must be one are not."""
+    """The preset first, then every flag on top of it. UserError where flags do not fit together."""
     chosen = [value for flag, value in zip(arguments, arguments[1:]) if flag == "--preset"]
     chosen += [flag.split("=", 1)[1] for flag in arguments if flag.startswith("--preset=")]
     default = {"tiny": tiny, "medium": medium, "large": large}.get(chosen[-1] if chosen else "", TrainConfig)()
@@ -148,4 +152,7 @@ def parse(arguments: list[str]) -> TrainConfig:
                  if hasattr(getattr(config, part), name)}
         if len(set(sizes.values())) > 1:
             raise UserError(f"{', '.join(f'{flag} {value}' for flag, value in sizes.items())}: give them all the same value")
+    if not (0 < config.explore.held_out < config.explore.episodes and config.evaluate.episodes > 0):
+        raise UserError("--explore.held_out, episodes of a task for tests alone, must be above 0 and below "
+                        "--explore.episodes, and --evaluate.episodes above 0")
     return config

@@ -92,6 +92,7 @@ class Chunked:
     states: np.ndarray  # (T+1, 8)
     actions: np.ndarray  # (T, L, 7) executed
     success: np.ndarray  # (T+1,) bool: the task is done in this frame
+    before: np.ndarray  # (L, 7) executed before its first frame; zeros where the episode had not begun
 
 
 @dataclass
@@ -121,7 +122,8 @@ class Episode:
                     * self.stride // chunk_size)
         frames = offset // self.stride + np.arange(count + 1) * (chunk_size // self.stride)
         actions = self.executed[offset:offset + count * chunk_size].reshape(count, chunk_size, self.executed.shape[1])
-        return Chunked(self.images[frames], self.states[frames], actions, self.success[frames])
+        before = np.concatenate([np.zeros_like(self.executed, shape=(chunk_size, 7)), self.executed[:offset]])[-chunk_size:]
+        return Chunked(self.images[frames], self.states[frames], actions, self.success[frames], before)
 
     def until(self, frame) -> "Episode":
         """What led to `frame`, that one included."""
@@ -200,12 +202,13 @@ def memory_index(last: int | torch.Tensor) -> torch.Tensor:
 # Batches. Each class holds its data in memory and draws one batch from a generator.
 # ---------------------------------------------------------------------------------------------------------------------
 class CloneData:
-    """Every control step of every demonstration, with the normalised action chunk that follows it."""
+    """Every control step of every episode, or of what is new of one taken up again, with the normalised action chunk that
+    follows it."""
 
     def __init__(self, episodes, normalizer, chunk_size, device):
         self.episodes, self.normalizer, self.chunk_size, self.device = episodes, normalizer, chunk_size, device
         self.index = [(e, n) for e, episode in enumerate(episodes)
-                      for n in range((len(episode.actions) - 1) // episode.stride + 1)]
+                      for n in range(episode.past, (len(episode.actions) - 1) // episode.stride + 1)]
 
     def batch(self, size, generator) -> dict:
         picks = [self.index[i] for i in torch.randint(len(self.index), (size,), generator=generator)]
@@ -301,7 +304,7 @@ class ChunkData:
         return torch.tensor([self.episodes[k].task_id for k, _ in picks], device=self.device)
 
     def _previous(self, track, t):
-        return track.actions[t - 1] if t else np.zeros((self.chunk_size, 7), np.float32)
+        return track.actions[t - 1] if t else track.before
 
     def frame_batch(self, size, generator) -> dict:
         """Frames (first, previous, current) for the reflector.

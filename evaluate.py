@@ -56,7 +56,10 @@ class EvaluateConfig:
 
 def pick_device(name) -> torch.device:
     """"auto" is the GPU where there is one."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    try:
+        return torch.zeros(1, device=("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name).device
+    except (RuntimeError, AssertionError) as error:  # torch's words for an unknown one, and for one that is not there
+        raise UserError(f"--device {name} cannot be had ({str(error).splitlines()[0]}): choose auto, cpu or cuda") from None
 
 
 def load_model(kind, folder, device):

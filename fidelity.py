@@ -392,6 +392,7 @@ def measure(world, reflector, policy, test, library, rule, folder, closed_loop) 
 
     @torch.no_grad()
     def features(frames):
+        frames = frames.to(next(policy.parameters()).device)
         return policy.stem(to_float(frames.flatten(0, 1))).flatten(1).unflatten(0, frames.shape[:2])
     result["horizon"] = horizon_errors(world, test, HORIZONS, every=4, features=features, library=library)
 

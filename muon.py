@@ -19,7 +19,8 @@ class Muon(torch.optim.AdamW):
     """For linear maps and convolutions, whose kernels are read as matrices (out, in · k · k); AdamW for the rest."""
 
     def __init__(self, model, lr, weight_decay, momentum=0.95):
-        weights = [module.weight for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+        network = getattr(model, "unet", model)  # of a world model the U-Net alone: its pose came out worse (ABLATIONS.md)
+        weights = [module.weight for module in network.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
         matrices = {weight for weight in weights if weight.requires_grad and min(weight.flatten(1).shape) > NARROW}
         groups = [{"params": [p for p in model.parameters() if p.requires_grad and (p in matrices) == orthogonal],
                    "orthogonal": orthogonal} for orthogonal in (False, True)]

@@ -9,14 +9,15 @@ distribution with `tempered`, `sample`, `log_prob`, `entropy` and `mode`; the wo
 API on action chunks. `rollout` explores and evaluates as well.
 
 Departures from Algorithm 1, and what the paper leaves open:
- 1. One ratio a control step: summed over the A dimensions, not over the L steps of a chunk.
+ 1. One ratio a control step: summed over the A dimensions (the gripper's left out: policy.py), not over the L steps of a
+    chunk.
  2. π_old is not a second network but its log-probabilities, scored before the first step on the very
     minibatches of the first epoch. Rounding is then the same and the first ratio exactly 1. `log_prob_gap` is
     their distance to what the sampler recorded: it shows a sampler that differs from the scorer, which a
     ratio of 1 would hide.
  3. The buffer is a whole number of groups; iterations, groups and epochs are ours. With one ratio a step,
     clip 0.1 is a narrow trust region (loc may move by about 0.1/√A of b): on the toy of tests/test_ppo.py
-    one epoch learns faster than four.
+    one epoch learns faster than four. By default an iteration is one optimiser step, whose ratio is 1: nothing is clipped.
  4. By default the whole (small) backbone is trained; `lora_rank` does as the paper does.
  5. The gradient's norm is clipped, and `temperature` scales b, in sampling and in scoring alike.
  6. By default one draw of noise moves all steps of a chunk (`chunk_noise`) and mostly goes on in the next one
@@ -322,8 +323,8 @@ def clip_and_step(optimizer, config):
     sum_gradients(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
     if not torch.isfinite(norm):
-        raise UserError(f"the gradient of PPO is {norm.item()}: lower --ppo.lr_backbone and --ppo.lr_heads "
-                        "and run the same command (it goes on from the last checkpoint)")
+        raise UserError(f"the gradient of PPO is {norm.item()}: delete the run's imagine.tmp and start again "
+                        "with a lower --ppo.lr_backbone and --ppo.lr_heads")
     taken = max((int(state["step"]) for state in optimizer.state.values()), default=0)
     for group in optimizer.param_groups:
         group["lr"] = group.setdefault("initial_lr", group["lr"]) * min(1.0, (taken + 1) / max(1, config.warmup))

@@ -46,8 +46,8 @@ def clear_errors():
     except KeyboardInterrupt:
         sys.exit(_say("stopped; the same command goes on from the last checkpoint", code=130))
     except torch.OutOfMemoryError as error:
-        sys.exit(_say(f"{str(error).split('. ')[0]}: give fewer samples at once (--clone.batch_size, --ppo.microbatch, "
-                      "--ppo.groups), then run the same command"))
+        sys.exit(_say(f"{str(error).split('. ')[0]}: raise --clone.accumulate (or another stage's) or lower "
+                      "--ppo.microbatch, then run the same command"))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
@@ -344,8 +344,8 @@ def fit(name, model, make_batch, loss_fn, config: FitConfig, folder, seed, devic
         for rows, weight in parts(batch, config.accumulate):
             loss, metrics = loss_fn(model, batch, step_generator(seed, step, device), rows)
             if not math.isfinite(loss.item()):
-                raise UserError(f"the loss of '{name}' is {loss.item()} at step {step}: lower its --*.lr and run the same "
-                                "command (it goes on from the last checkpoint)")
+                raise UserError(f"the loss of '{name}' is {loss.item()} at step {step}: delete {folder} and start again "
+                                "with a lower --*.lr")
             (loss * weight).backward()
             for key, value in metrics.items():
                 total, count = sums.get(key, (0.0, 0.0))

@@ -64,20 +64,20 @@ def train(config: TrainConfig):
         raise UserError("billions of parameters are post-trained by LoRA: add --ppo.lora_rank 32 to --policy.backbone")
     if config.init_world:
         find_model(config.init_world, "--init_world ")
-    run = Run(config.output_dir or Path("runs") / config.task)
-    write_json(run.folder / "config.json", asdict(config))
-    device = pick_device(config.device)
+    device, run = pick_device(config.device), Run(config.output_dir or Path("runs") / config.task)
+    settings = {name: stage_settings(config, name) for name in STAGES}
+    done = {name: run.done(name, settings[name]) for name in STAGES}
+    write_json(run.folder / "config.json", asdict(config))  # not before all settings are found to be the run's
     runs.AUTOCAST = {"auto": {"cuda"}, "on": {"cuda", "cpu"}, "off": set()}[config.bf16]
     print(f"{config.task}, {len(config.task_ids)} tasks, preset {config.preset}, seed {config.seed}, on {device} with "
           f"{world_size()} x {config.num_procs} simulator processes -> {run.folder}")
     steps = {"demonstrate": demonstrate, "clone": clone, "explore": explore, "simulate": simulate, "reflect": reflect,
              "imagine": imagine, "evaluate": evaluate}
     for name, step in steps.items():
-        settings = stage_settings(config, name)
-        if run.done(name, settings):
+        if done[name]:
             continue
         if name in config.stages:
-            with run.stage(name, settings) as folder:
+            with run.stage(name, settings[name]) as folder:
                 step(config, run, folder, device)
         elif any(later in config.stages for later in STAGES[STAGES.index(name):]):
             raise UserError(f"{run.path(name)} is missing: add {name} to --stages")
@@ -318,7 +318,7 @@ def imagine(config, run, folder, device):
                 env.reset_noise(iteration)
             metrics = improve(policy, optimizer, env, draw, config.ppo, step_generator(config.seed, iteration), anchor)
             run.log("imagine", iteration + 1, metrics)
-            if config.check.every and (iteration + 1) % config.check.every == 0:
+            if config.check.every and ((iteration + 1) % config.check.every == 0 or iteration + 1 == config.ppo.iterations):
                 look(iteration + 1)
             save_resume(folder, iteration + 1, policy, optimizer)
     finally:

@@ -66,8 +66,8 @@ class WorldModelConfig:
     ray_maps: bool = False  # show the U-Net the ray of every pixel of both cameras (the paper does)
     hand_height: float = 0.22  # lowest part of the wrist picture, which shows the hand: not warped
     residual_std: tuple[float, float] = (0.15, 0.25)  # of next frame - base, in each view, in [-1, 1]
-    sigma_mean: float = 1.5  # mean of log sigma in training: few sampling steps live at high noise
-    sigma_std: float = 1.2  # standard deviation of log sigma in training
+    sigma_mean: float = 2.3  # mean of log sigma in training: the one sampling step's, which begins at sigma_max
+    sigma_std: float = 0.8  # standard deviation of log sigma in training
     sigma_max: float = 10.0  # noise level that sampling starts at
     sigma_min: float = 0.2  # noise level of the sampler's last step
     rho: float = 7.0  # bend of the sampler's schedule (EDM equation 5)

@@ -23,6 +23,12 @@ def test_sizes_that_differ_are_one_clear_line(flag):
         config.parse([flag])
 
 
+@pytest.mark.parametrize("flags", ["--explore.held_out=0", "--explore.held_out=16", "--evaluate.episodes=0"])
+def test_nothing_to_test_on_is_one_clear_line(flags):
+    with pytest.raises(UserError, match="--explore.held_out.*above 0"):
+        config.parse([flags])
+
+
 def test_the_medium_preset_goes_on_from_what_the_small_one_has_explored():
     small, medium = config.parse([]), config.parse(["--preset", "medium"])
     same = [config.stage_settings(small, name) == config.stage_settings(medium, name) for name in config.STAGES]

@@ -26,6 +26,9 @@ def test_chunks_pair_frames_with_the_actions_between_them(stride, offset):
     for t, chunk in enumerate(track.actions):
         assert track.images[t, 0, 0, 0, 0] == offset + 8 * t == chunk[0, 0]
         assert chunk[-1, 0] == offset + 8 * t + 7
+    assert track.before[:, 0].tolist() == [0] * (8 - offset) + [*range(offset)]
+    previous = ChunkData([make_episode(stride=stride)], 8, "cpu").transitions([(offset, 0), (offset, 1)])[1]  # track = offset
+    assert previous[:, :, 0].tolist() == [track.before[:, 0].tolist(), [*range(offset, offset + 8)]]
 
 
 def test_the_world_learns_what_was_executed_and_the_policy_what_was_wanted():
@@ -92,6 +95,7 @@ def test_an_episode_taken_up_again_remembers_its_past_and_teaches_what_came_afte
     again.save(tmp_path / "again.npz")
     data = ChunkData([Episode.load(tmp_path / "again.npz")], 8, "cpu")
     assert data.frames == [(0, t) for t in range(2, 8)] and data.index == [(0, t) for t in range(2, 7)]
+    assert CloneData([again], None, 8, "cpu").index == data.index
     assert all(t >= 2 for pool in data.start_pools().values() for _, t in pool)
     assert data.starts([(0, 3)])[0].images[:, 0, 0, 0, 0].tolist() == [0, 8, 100, 108]
     assert data.pictures([(0, 6)])["memory"][0, :, 0, 0, 0, 0].tolist() == [0, 100, 116, 132]

@@ -56,26 +56,35 @@ def test_sampler_and_scorer_are_one_distribution(temperature, by_chunk):
     log_scale = given.log_scale.expand(200_000, L, 5).clone().requires_grad_()
     distribution = ActionDistribution(loc, log_scale, by_chunk).tempered(temperature)
     log_prob = distribution.log_prob(distribution.sample(generator(5)))
-    log_b = given.log_scale.mean(1) + math.log(temperature)
+    log_b = given.log_scale.mean(1)[..., :-1] + math.log(temperature)  # the gripper is not drawn
     closed_form = (1 + math.log(2) + log_b).sum()
     assert torch.allclose(distribution.entropy(), closed_form)
     assert log_prob.shape == (200_000, L) and abs(-log_prob.mean() - closed_form) < 0.02
     log_prob[:, 0].sum().backward()
-    assert (loc.grad.mean(0) * log_b.exp()).abs().max() < 0.01
+    assert (loc.grad.mean(0)[..., :-1] * log_b.exp()).abs().max() < 0.01
     assert log_scale.grad.mean(0).abs().max() < 0.01
 
 
 def test_by_chunk_all_steps_move_alike():
     given = ActionDistribution(*torch.randn(2, 2, 3, 4, generator=generator(1)), by_chunk=True)
     error = given.sample(generator(2)) - given.loc
-    assert torch.allclose(error, error[:, :1].expand_as(error), atol=1e-6) and error.abs().min() > 0
+    assert torch.allclose(error, error[:, :1].expand_as(error), atol=1e-6) and error[..., :-1].abs().min() > 0
     assert torch.allclose(given.tempered(2.0).sample(generator(2)) - given.loc, 2 * error, atol=1e-5)
 
 
-def test_log_prob_is_torchs_laplace_and_sums_over_dimensions():
+def test_log_prob_is_torchs_laplace_and_sums_over_the_motions_dimensions():
     given, actions = laplace(2, 3, 7), torch.randn(2, 3, 7, generator=generator(4), dtype=torch.float64)
-    expected = torch.distributions.Laplace(given.loc, given.log_scale.exp()).log_prob(actions).sum(-1)
+    expected = torch.distributions.Laplace(given.loc, given.log_scale.exp()).log_prob(actions)[..., :6].sum(-1)
     assert torch.allclose(given.log_prob(actions), expected) and given.log_prob(actions).shape == (2, 3)
+
+
+def test_the_gripper_follows_its_mean_and_is_not_scored():
+    given = laplace(2, 3, 7)
+    moved = given.sample(generator()) != given.loc
+    assert moved[..., :6].all() and not moved[..., 6].any()
+    loc = given.loc.clone().requires_grad_()
+    ActionDistribution(loc, given.log_scale).log_prob(given.loc + 1).sum().backward()
+    assert loc.grad[..., :6].all() and not loc.grad[..., 6].any()
 
 
 def test_distribution_is_float32_under_autocast():

@@ -68,7 +68,7 @@ def test_resume_restores_weights_optimizer_and_step(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_is_one_clear_line(tmp_path):
-    with pytest.raises(UserError, match="lower its"):
+    with pytest.raises(UserError, match="start again with a lower"):
         train_line(tmp_path, 8, lr=float("inf"))
 
 

@@ -254,9 +254,9 @@ def test_an_image_text_model_is_cloned_and_post_trained_as_the_policy(finished, 
 
 def test_both_worlds_are_looked_at_between_rl_iterations(finished, tmp_path):
     folder = copy_of(finished, tmp_path, ["imagine", "evaluate"])
-    process = run("train.py", *TINY, "--stages", "imagine", "--ppo.iterations", 1, "--check.every", 1, "--check.episodes", 1,
+    process = run("train.py", *TINY, "--stages", "imagine", "--ppo.iterations", 1, "--check.every", 2, "--check.episodes", 1,
                   "--output_dir", folder)
-    assert process.returncode == 0, process.stderr
+    assert process.returncode == 0, process.stderr  # the last iteration is looked at, whatever --check.every divides
     looks = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines() if '"check"' in line]
     assert [look["step"] for look in looks[-2:]] == [0, 1] and {"true_success", "imagined_success"} <= set(looks[-1])
     seeds = {json.loads(line)["seed"] for line in (folder / "imagine" / "check_0001" / "episodes.jsonl").read_text().splitlines()}
@@ -403,6 +403,9 @@ def test_other_settings_and_damaged_files_are_refused_and_finished_stages_stay(f
     folder = copy_of(finished, tmp_path, ["evaluate", "imagine"])
     refused(run("train.py", *TINY, "--output_dir", folder, "--policy.width", 32), "policy.width 64")
     refused(run("train.py", *TINY, "--output_dir", folder, "--task", "libero_goal"), "libero_object")
+    sizes = [f"--{part}.image_size=128" for part in ("policy", "world_model", "reflector")]
+    refused(run("train.py", *TINY, "--output_dir", folder, *sizes), "policy.image_size 64")
+    assert json.loads((folder / "config.json").read_text())["task"] == "libero_object", "a refused command changes nothing"
     weights = folder / "simulate" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     refused(run("train.py", *TINY, "--output_dir", folder), "truncated")
