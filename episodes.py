@@ -5,6 +5,7 @@ Shapes: B trajectories, T time in chunks, F memory frames, V camera views, L act
 from __future__ import annotations
 
 import zipfile
+import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -29,6 +30,23 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
 
 def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words
+# ---------------------------------------------------------------------------------------------------------------------
+def tokenize(instructions, vocab_size, device="cpu"):
+    """list of B strings -> ids (B, N), is_word (B, N) bool; padded on the right with 0.
+
+    A word's id is its CRC-32, the same on every machine and in every process: no vocabulary is stored.
+    """
+    words = [instruction.lower().split() for instruction in instructions]
+    ids = torch.zeros(len(words), max(map(len, words)), dtype=torch.long)
+    for row, sentence in enumerate(words):
+        for column, word in enumerate(sentence):
+            ids[row, column] = 1 + zlib.crc32(word.encode()) % (vocab_size - 1)
+    ids = ids.to(device)
+    return ids, ids > 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -32,7 +32,6 @@ Try it:  python -m pytest tests/test_policy.py
 from __future__ import annotations
 
 import math
-import zlib
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
@@ -41,7 +40,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
 from distributed import world_size
-from episodes import Normalizer, to_float
+from episodes import Normalizer, to_float, tokenize
 from runs import UserError, find_model, load_weights, parts, read_json, save_model
 
 MODEL_TYPE = "world_env_policy"
@@ -150,20 +149,6 @@ class ActionDistribution:
 # ------------------------------------------------------------------------------------------------------------
 # Blocks
 # ------------------------------------------------------------------------------------------------------------
-def tokenize(instructions, vocab_size, device="cpu"):
-    """list of B strings -> ids (B, N), is_word (B, N) bool; padded on the right with 0.
-
-    A word's id is its CRC-32, the same on every machine and in every process: no vocabulary is stored.
-    """
-    words = [instruction.lower().split() for instruction in instructions]
-    ids = torch.zeros(len(words), max(map(len, words)), dtype=torch.long)
-    for row, sentence in enumerate(words):
-        for column, word in enumerate(sentence):
-            ids[row, column] = 1 + zlib.crc32(word.encode()) % (vocab_size - 1)
-    ids = ids.to(device)
-    return ids, ids > 0
-
-
 def augment(images, config, generator):
     """uint8 (B, V, 3, H, W) -> float in [-1, 1]. Each view has its shift, each sample its colours."""
     B, V, C, H, W = images.shape

@@ -43,7 +43,6 @@ Try it:  python -m pytest tests/test_reflector.py
 from __future__ import annotations
 
 import hashlib
-import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -54,7 +53,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from encoders import ImageTextModel
-from episodes import to_float
+from episodes import to_float, tokenize
 from geometry import MAX_OPENING
 from runs import UserError, find_model, load_weights, read_json, save_model
 
@@ -69,7 +68,7 @@ class ReflectorConfig:
     views: int = 2  # cameras: agent view, wrist
     channels: int = 48  # convolution channels at 16x16; twice as many at 8x8
     width: int = 128  # D, the length of h_t and of a word vector
-    vocabulary: int = 1024  # hash buckets for words; bucket 0 means "no word"
+    vocabulary: int = 4096  # hash buckets for words; bucket 0 means "no word"
     positive_weight: float = 1.0  # weight of a success frame in the loss; lower it for fewer false stops
     fingers: bool = True  # tell it how far the fingers were apart lately (the paper's: False)
     dropout: float = 0.3  # of h_t in training
@@ -95,14 +94,6 @@ class StopRule:
     def stops(self, scores: np.ndarray) -> np.ndarray:
         """Scores (..., T) -> bool (..., T): the episode would end here, had it not ended before."""
         return self.confirmed(scores) > self.eta  # never where it is NaN
-
-
-def hash_words(instruction: list[str], vocabulary: int) -> Tensor:
-    """N texts -> word numbers (N, words) in 1..vocabulary-1, padded with 0. No vocabulary file to keep."""
-    hashed = [[1 + zlib.crc32(word.encode()) % (vocabulary - 1) for word in text.lower().split()]
-              for text in instruction]
-    longest = max(1, max(len(words) for words in hashed))
-    return torch.tensor([words + [0] * (longest - len(words)) for words in hashed])
 
 
 class FilmBlock(nn.Module):
@@ -137,9 +128,8 @@ class FrameEncoder(nn.Module):
         self.out = nn.Linear(2 * C + D, D)
 
     def forward(self, first: Tensor, previous: Tensor, current: Tensor, instruction: list[str]) -> Tensor:
-        words = hash_words(instruction, self.vocabulary).to(current.device)
-        count = (words > 0).sum(dim=1, keepdim=True).clamp(min=1)
-        text = self.words(words).sum(dim=1) / count  # (N, D)
+        words, is_word = tokenize(instruction, self.vocabulary, current.device)
+        text = self.words(words).sum(dim=1) / is_word.sum(dim=1, keepdim=True).clamp(min=1)  # (N, D)
         x = torch.stack([first, previous, current], dim=1).flatten(1, 3)  # (N, 3*V*3, H, W)
         x = self.stem(to_float(x))  # (N, C, H/4, W/4)
         x = self.down(self.block1(x, text))  # (N, 2C, H/8, W/8)

@@ -79,7 +79,7 @@ def train_all(folder, accumulate=1):
     mine, dream, policy = distributed.shard(range(3)), WorldModel(WORLD, CAMERAS, NORMALIZER), Policy(POLICY, NORMALIZER)
     before, start = vector(policy), copy.deepcopy(policy)
     env = VirtualEnv(dream, Bright(), VirtualEnvConfig(horizon=3, stop=StopRule(0.8, 1)), len(mine) * 3, 3, mine[0] * 3, 9)
-    log["imagine"] = improve(policy, torch.optim.SGD(policy.parameters(), 1e-3), env, lambda count, generator: data.starts(
+    log["imagine"] = improve(policy, torch.optim.SGD(policy.parameters(), 3e-4), env, lambda count, generator: data.starts(
         [data.index[i] for i in torch.randint(len(data.index), (count,), generator=generator)]), ppo, step_generator(0, 0),
                              partial(anchor_loss, data=clone_data, size=7, microbatch=3))
     weights["imagine"] = vector(policy) - before

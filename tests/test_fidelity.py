@@ -158,9 +158,9 @@ def test_rl_is_refused_in_a_world_that_does_not_follow_its_actions(change, words
         return {frames: {"auroc": auroc, "outcome": agreement(verdicts(count), [True] * 7 + [False] * 9)}
                 for frames, count in (("imagined", found), ("true", on_true_frames))}
     if words is None:
-        check_trust(world, quality(0.9, 4, fooled=5))
-        with pytest.raises(UserError, match="right on 7 of 16"):
-            check_trust(world, quality(0.9, 4, fooled=6))
+        check_trust(world, quality(0.9, 4, fooled=3))
+        with pytest.raises(UserError, match="4 of 7 held-out successes, but 4 of 9 failures are imagined"):  # 0.57 - 0.44
+            check_trust(world, quality(0.9, 4, fooled=4))
         with pytest.raises(UserError, match="of 7 held-out successes 3 are successes in imagination, 7 on true frames"):
             check_trust(world, quality(0.9, 3))
         for reflector, at_fault in ((quality(None, 1), "reflector"), (quality(0.65, 1), "reflector"),

@@ -58,9 +58,10 @@ def test_rl_and_filtered_cloning_are_compared_on_the_same_episodes(seeds, polici
     assert not [row for row in rows if row not in (ROOT / "RESULTS.md").read_text()]
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "results" / "clones").glob("*.jsonl")), ids=lambda file: file.stem)
-def test_todays_clones_follow_too(file):
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    rows = tables({"cloned": lines}, stop="oracle")
-    assert len(lines) >= 100 and len(rows) > 13  # a row a task
+@pytest.mark.parametrize("clone", sorted((ROOT / "results" / "clones").glob("*_[0-9].jsonl")), ids=lambda file: file.stem)
+def test_todays_clones_and_what_became_of_them_follow_too(clone):
+    files = {"cloned": clone} | {file.stem.removeprefix(f"{clone.stem}_"): file for file in clone.parent.glob(f"{clone.stem}_*")}
+    lines = {name: [json.loads(line) for line in file.read_text().splitlines()] for name, file in sorted(files.items())}
+    rows = tables(lines, stop="oracle")
+    assert len(lines["cloned"]) >= 100 and len(rows) > 13  # a row a task
     assert not [row for row in rows if row not in (ROOT / "RESULTS.md").read_text()]
