@@ -126,7 +126,7 @@ def test_rl_stopped_after_two_iterations_and_resumed_equals_a_straight_run_of_fo
 def test_rl_runs_in_the_true_simulator_with_the_same_code(finished, tmp_path):
     folder = copy_of(finished, tmp_path, ["imagine", "evaluate"])
     process = run("train.py", *TINY, "--stages", "imagine", "--rl_env", "libero", "--ppo.iterations", 1, "--ppo.groups", 1,
-                  "--ppo.group_size", 2, "--output_dir", folder)
+                  "--ppo.group_size", 2, "--check.every", 0, "--output_dir", folder)
     assert process.returncode == 0, process.stderr
     assert (folder / "imagine" / "model.safetensors").exists()
 
@@ -226,7 +226,8 @@ def test_rl_starts_in_demonstrations_unless_told_not_to_and_something_mild_was_e
     assert {start.luck for start in draw(9, torch.Generator())} == {0.5}
 
 
-FEW = ["--clone.steps", 2, "--clone.batch_size", 2, "--ppo.iterations", 1, "--ppo.groups", 1, "--ppo.group_size", 2]
+FEW = ["--clone.steps", 2, "--clone.batch_size", 2, "--ppo.iterations", 1, "--ppo.groups", 1, "--ppo.group_size", 2,
+       "--check.every", 0]
 
 
 def test_every_stage_runs_on_pretrained_models(finished, tmp_path):
