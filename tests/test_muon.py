@@ -68,3 +68,11 @@ def test_momentum_goes_on_where_the_gradient_is_zero():
     net["hidden"].weight.grad = torch.zeros(48, 48)
     optimizer.step()
     assert (net["hidden"].weight - before).square().mean().sqrt() > 1e-3
+
+
+def test_of_a_world_model_only_the_unet_is_for_muon():
+    world = nn.Module()
+    world.unet, world.pose_predictor = model(), nn.Linear(64, 64)
+    adamw, muon = Muon(world, lr=0.01, weight_decay=0.1).param_groups
+    assert {id(p) for p in muon["params"]} == {id(world.unet[name].weight) for name in ("conv", "hidden")}
+    assert len(adamw["params"]) + 2 == len(list(world.parameters()))
