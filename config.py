@@ -136,8 +136,8 @@ def stage_settings(config, name) -> dict:
         chosen |= {"policy": {"image_size": config.policy.image_size}, "explore": {"mesh_cell": config.explore.mesh_cell}}
     for value in chosen.values():
         if isinstance(value, dict):
-            for name in ("accumulate", "microbatch"):  # memory alone: they may change when a killed run goes on
-                value.pop(name, None)
+            for key in ("accumulate", "microbatch"):  # memory alone: they may change when a killed run goes on
+                value.pop(key, None)
     return chosen
 
 

@@ -112,6 +112,10 @@ class Chunked:
     success: np.ndarray  # (T+1,) bool: the task is done in this frame
     before: np.ndarray  # (L, 7) executed before its first frame; zeros where the episode had not begun
 
+    def previous(self, t):
+        """(L, 7): the chunk that led to frame t."""
+        return self.actions[t - 1] if t else self.before
+
 
 @dataclass
 class Episode:
@@ -140,7 +144,7 @@ class Episode:
                     * self.stride // chunk_size)
         frames = offset // self.stride + np.arange(count + 1) * (chunk_size // self.stride)
         actions = self.executed[offset:offset + count * chunk_size].reshape(count, chunk_size, self.executed.shape[1])
-        before = np.concatenate([np.zeros_like(self.executed, shape=(chunk_size, 7)), self.executed[:offset]])[-chunk_size:]
+        before = np.pad(self.executed[:offset], ((chunk_size, 0), (0, 0)))[-chunk_size:]
         return Chunked(self.images[frames], self.states[frames], actions, self.success[frames], before)
 
     def until(self, frame) -> "Episode":
@@ -315,14 +319,11 @@ class ChunkData:
         """State (B, 8), previous and next chunk (B, L, 7), next state (B, 8) at frame t of track k."""
         tracks = [(self.tracks[k], t) for k, t in picks]
         return [_stack(values, self.device) for values in zip(*(
-            (track.states[t], self._previous(track, t), track.actions[t], track.states[t + 1]) for track, t in tracks))]
+            (track.states[t], track.previous(t), track.actions[t], track.states[t + 1]) for track, t in tracks))]
 
     def tasks(self, picks) -> torch.Tensor:
         """(B,) of every (k, t) in `picks`."""
         return torch.tensor([self.episodes[k].task_id for k, _ in picks], device=self.device)
-
-    def _previous(self, track, t):
-        return track.actions[t - 1] if t else track.before
 
     def frame_batch(self, size, generator) -> dict:
         """Frames (first, previous, current) for the reflector.
@@ -345,7 +346,7 @@ class ChunkData:
     def starts(self, picks) -> list[StartContext]:
         """Start contexts at frame t of track k for every (k, t) in `picks`."""
         return [StartContext(self.tracks[k].images[:t + 1], self.tracks[k].states[:t + 1], self.episodes[k].instruction,
-                             self._previous(self.tracks[k], t), self.episodes[k].task_id) for k, t in picks]
+                             self.tracks[k].previous(t), self.episodes[k].task_id) for k, t in picks]
 
     def start_pools(self) -> dict[tuple[str, int], list]:
         """Frames to start from, by kind and task: first ones ("opening"), those two to four chunks before the fingers
