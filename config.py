@@ -14,7 +14,8 @@ from policy import PolicyConfig
 from ppo import PPOConfig
 from reflector import ReflectorConfig
 from runs import FitConfig, UserError
-from world_model import VirtualEnvConfig, WorldModelConfig
+from virtual_env import VirtualEnvConfig
+from world_model import WorldModelConfig
 
 Stage = Literal["demonstrate", "clone", "explore", "simulate", "reflect", "imagine", "evaluate"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -64,6 +65,7 @@ class TrainConfig:
     stages: tuple[Stage, ...] = STAGES  # stages to run; what they need of the others must be there
     demos: str = ""  # folder with official LIBERO HDF5 demonstrations; empty: a scripted expert makes them
     num_demos: int = 5  # demonstrations a task
+    max_steps: int = 0  # control steps after which the policy's true episodes are cut off; 0: the suite's limit
     refresh: str = ""  # finished run folder to go on from: its last policy explores, its data and weights are kept
     init_world: str = ""  # folder or hub id of a world simulator of this size, whose weights training starts from
     rl_env: Literal["virtual", "libero", "none"] = "virtual"  # where RL happens; none: filtered cloning alone
@@ -93,7 +95,7 @@ def tiny() -> TrainConfig:
     """All seven stages on two tasks in about three minutes: the machinery, not the method's success."""
     fast = dict(warmup=5, save_every=10)
     return TrainConfig(
-        preset="tiny", task_ids=(0, 1), num_demos=1, trust_world=True, policy=PolicyConfig.tiny(),
+        preset="tiny", task_ids=(0, 1), num_demos=1, max_steps=64, trust_world=True, policy=PolicyConfig.tiny(),
         clone=FitConfig(steps=60, batch_size=16, muon=True, **fast),
         explore=ExploreConfig(episodes=2, held_out=1, retries=1),
         world_model=WorldModelConfig(channels=(16, 32, 32), patch=4),
@@ -127,9 +129,10 @@ def large() -> TrainConfig:
 
 def stage_settings(config, name) -> dict:
     """The part of the configuration that a finished stage depends on directly."""
-    sections = {"demonstrate": ("demos", "num_demos"), "clone": ("policy", "clone"), "explore": ("explore",),
+    sections = {"demonstrate": ("demos", "num_demos"), "clone": ("policy", "clone"), "explore": ("explore", "max_steps"),
                 "simulate": ("world_model", "init_world", "simulate", "drift", "grasp"), "reflect": ("reflector", "reflect"),
-                "imagine": ("virtual", "start", "ppo", "check", "rl_env", "filtered_cloning"), "evaluate": ("evaluate",)}
+                "imagine": ("virtual", "start", "ppo", "check", "rl_env", "filtered_cloning", "max_steps"),
+                "evaluate": ("evaluate", "max_steps")}
     values = asdict(config)
     chosen = {key: values[key] for key in ("task", "task_ids", "seed", "refresh", *sections[name])}
     if name == "demonstrate":  # what it draws
@@ -155,4 +158,6 @@ def parse(arguments: list[str]) -> TrainConfig:
     if not (0 < config.explore.held_out < config.explore.episodes and config.evaluate.episodes > 0):
         raise UserError("--explore.held_out, episodes of a task for tests alone, must be above 0 and below "
                         "--explore.episodes, and --evaluate.episodes above 0")
+    if config.max_steps < config.policy.chunk_size and config.max_steps:
+        raise UserError(f"--max_steps must be 0 (the suite's limit) or at least a chunk, {config.policy.chunk_size}")
     return config

@@ -16,7 +16,8 @@ from geometry import opening
 from runs import UserError
 
 VIEWS = ("agentview", "wrist")
-MEMORY = 4  # F: frames at 0, 1/3 and 2/3 of the history, and the last one (EnerVerse-AC's sparse memory)
+MEMORY = 5  # F: EnerVerse-AC's sparse memory, frames at 0, 1/3 and 2/3 of the history and the last one; before it the grip
+GRIP = 3  # its place among them
 PER_FRAME, PER_STEP = ("images", "states", "success"), ("actions", "executed")  # an `Episode`'s arrays
 CLOSING = 0.072  # m: fingers less open than this have begun to close
 
@@ -215,9 +216,16 @@ def finger_history(states: torch.Tensor) -> torch.Tensor:
     return opening(states)[..., frames.clamp(min=0)]
 
 
-def memory_index(last: int | torch.Tensor) -> torch.Tensor:
-    """Indices (..., F) of the memory frames in a history whose newest frame is `last`: 0, 1/3, 2/3 and last."""
-    return torch.as_tensor(last)[..., None] * torch.arange(MEMORY) // (MEMORY - 1)
+def memory_index(last: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """Indices (B, F) of the memory frames in histories (B, T, 8) whose newest frames are `last` (B,).
+
+    0, 1/3, 2/3, the grip, last. The grip: one chunk after the fingers that are closed now began to close; where they are
+    open, the last frame.
+    """
+    frames, now = torch.arange(states.shape[1], device=last.device), last[:, None]  # (T,), (B, 1)
+    open_before = (opening(states) >= CLOSING) & (frames <= now)
+    grip = torch.where(open_before, frames, -1).amax(dim=1, keepdim=True) + 2  # (B, 1)
+    return torch.cat([now * torch.arange(3, device=last.device) // 3, grip.minimum(now), now], dim=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -307,7 +315,8 @@ class ChunkData:
         -> memory (B, F, V, 3, H, W) and target (B, V, 3, H, W) uint8, memory_states (B, F, 8), next_state (B, 8),
         previous_actions and actions (B, L, 7), task (B,)
         """
-        memory = [(self.tracks[k], memory_index(t).numpy()) for k, t in picks]
+        memory = [(self.tracks[k], memory_index(torch.tensor([t]), torch.from_numpy(self.tracks[k].states)[None])[0].numpy())
+                  for k, t in picks]
         _, previous_actions, actions, next_state = self.transitions(picks)
         return {"memory": _stack([track.images[frames] for track, frames in memory], self.device),
                 "memory_states": _stack([track.states[frames] for track, frames in memory], self.device),
@@ -347,6 +356,10 @@ class ChunkData:
         """Start contexts at frame t of track k for every (k, t) in `picks`."""
         return [StartContext(self.tracks[k].images[:t + 1], self.tracks[k].states[:t + 1], self.episodes[k].instruction,
                              self.tracks[k].previous(t), self.episodes[k].task_id) for k, t in picks]
+
+    def first_starts(self) -> list[StartContext]:
+        """That of the first frame of every track."""
+        return self.starts([(k, 0) for k in range(len(self.tracks))])
 
     def start_pools(self) -> dict[tuple[str, int], list]:
         """Frames to start from, by kind and task: first ones ("opening"), those two to four chunks before the fingers

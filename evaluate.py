@@ -41,7 +41,8 @@ from playing import play
 from ppo import rollout
 from reflector import Reflector, StopRule
 from runs import Run, UserError, check_settings, clear_errors, read_json, step_generator, write_json
-from world_model import VirtualEnv, VirtualEnvConfig, WorldModel, world_model_loss
+from virtual_env import VirtualEnv, VirtualEnvConfig
+from world_model import WorldModel, world_model_loss
 
 TEST_SEED = 50_000_000  # placements of the episodes that measure a virtual environment: nothing else uses them
 
@@ -82,7 +83,7 @@ def load_policies(folder, device, which="both") -> dict:
 # True LIBERO, the protocol
 # ---------------------------------------------------------------------------------------------------------------------
 def evaluate_policies(policies, reflector, suite, task_ids, episodes, folder, image_size, chunk_size, num_procs, rule,
-                      device, stop="both", sample=False, seed=0) -> dict[str, list[dict]]:
+                      device, max_steps=0, stop="both", sample=False, seed=0) -> dict[str, list[dict]]:
     """Every policy on the same benchmark states. -> {policy: lines of `play`}."""
     contexts = []
     for task in task_ids:
@@ -96,11 +97,11 @@ def evaluate_policies(policies, reflector, suite, task_ids, episodes, folder, im
     try:
         for name, policy in policies.items():
             settings = {"task": suite, "stop": stop, "sample": sample, "seed": seed if sample else None,
-                        "rule": rule and asdict(rule), "weights": fingerprint(policy),
+                        "max_steps": max_steps, "rule": rule and asdict(rule), "weights": fingerprint(policy),
                         "reflector": reflector and fingerprint(reflector), "versions": versions()}
             check_settings(Path(folder) / name, settings)
             write_json(Path(folder) / name / "settings.json", settings)
-            env = env or LiberoVectorEnv(suite, num_procs, image_size, chunk_size, stop=stop, reflector=reflector,
+            env = env or LiberoVectorEnv(suite, num_procs, image_size, chunk_size, max_steps, stop, reflector=reflector,
                                          rule=rule, device=device)
             lines[name] = play(policy, env, contexts, Path(folder) / name, "evaluate", seed,
                                [1.0] * len(contexts) if sample else None)
@@ -130,7 +131,8 @@ def protocol(arguments, suite, task_ids, sizes, rule) -> dict:
             "both": "when the goal was reached and the reflector has stopped"}
     return {"suite": suite, "tasks": len(task_ids), "episodes a task": arguments.episodes,
             "initial states": f"the benchmark's first {arguments.episodes}, in order", "settling steps": SETTLE_STEPS,
-            "step limit": step_limit(suite), "actions": f"chunks of {sizes.chunk_size} control steps, whole, open loop, "
+            "step limit": arguments.max_steps or step_limit(suite),
+            "actions": f"chunks of {sizes.chunk_size} control steps, whole, open loop, "
             + (f"sampled (seed {arguments.seed})" if arguments.sample else "greedy"),
             "pictures": f"{sizes.image_size} pixels, drawn with {max(RENDER_SIZE, sizes.image_size)}; standard meshes",
             "an episode ends": f"{ends[arguments.stop]}, or at the step limit",
@@ -200,7 +202,7 @@ def benchmark(policies, world, reflector, suite, task_id, episodes, image_size, 
     """Imagined against true control steps a second with the same views, training samples and episodes a minute."""
     policy, L = list(policies.values())[-1], world.config.chunk_size
     data = ChunkData(episodes, L, device)
-    starts = (data.starts([(k, 0) for k in range(len(data.tracks))]) * 32)[:32]
+    starts = (data.first_starts() * 32)[:32]
     env = VirtualEnv(world, reflector, VirtualEnvConfig(horizon=8, stop=StopRule(eta=2.0)), len(starts), 8)
     seconds, played = _timed(lambda: rollout(policy, env, starts))
     imagined = int(played.valid.sum()) * L / seconds
@@ -247,8 +249,8 @@ def measure_world(arguments, run, trained, suite, task_ids, policy, world, refle
     heat = [arguments.temperatures[context.seed % len(arguments.temperatures)] for context in contexts]
     sizes, explored = policy.config, trained["explore"]
     virtual = VirtualEnvConfig(trained["virtual"]["horizon"], StopRule(**trained["virtual"]["stop"]))
-    env = LiberoVectorEnv(suite, num_procs, sizes.image_size, sizes.chunk_size, linger=explored["linger"],
-                          mesh_cell=explored["mesh_cell"], device=device)
+    env = LiberoVectorEnv(suite, num_procs, sizes.image_size, sizes.chunk_size, arguments.max_steps,
+                          linger=explored["linger"], mesh_cell=explored["mesh_cell"], device=device)
     try:
         play(policy, env, contexts, folder, "test", TEST_SEED, heat)
         test = load_episodes(folder)
@@ -285,6 +287,7 @@ class Arguments:
     policy: Literal["cloned", "post_trained", "both"] = "both"  # which policies of a run
     episodes: int = 5  # episodes a task and policy (50 at most); with --world: test episodes a task
     stop: Literal["oracle", "self", "both"] = "both"  # what ends an episode: goal, reflector; both: one set tells either
+    max_steps: int = 0  # control steps after which an episode is cut off; 0: the suite's limit, the standard protocol
     sample: bool = False  # draw actions from the policy's distribution instead of taking its mode
     seed: int = 0  # of the noise of --sample; nothing else is random
     videos: int = 0  # filmed episodes a task and policy
@@ -298,10 +301,12 @@ class Arguments:
 def main(arguments: Arguments):
     if bool(arguments.checkpoint) == bool(arguments.world):
         raise UserError("give the run folder that train.py made, as --checkpoint RUN or as --world RUN")
-    if arguments.episodes < 1 or arguments.videos < 0 or arguments.num_procs < 0:
-        raise UserError("--episodes must be 1 or more, --videos and --num_procs 0 or more")
+    if arguments.episodes < 1 or min(arguments.videos, arguments.num_procs, arguments.max_steps) < 0:
+        raise UserError("--episodes must be 1 or more, --videos, --num_procs and --max_steps 0 or more")
     runs, device = [Path(run) for run in arguments.checkpoint or [arguments.world]], pick_device(arguments.device)
     trained = [read_json(run / "config.json") for run in runs]
+    if 0 < arguments.max_steps < trained[0]["policy"]["chunk_size"]:
+        raise UserError("--max_steps must be 0 (the suite's limit) or at least a chunk")
     suite = arguments.task or trained[0]["task"]
     count = load_suite(suite).n_tasks
     task_ids = list(arguments.task_ids or (trained[0]["task_ids"] if suite == trained[0]["task"] else range(count)))
@@ -346,8 +351,8 @@ def evaluate_runs(arguments, runs, trained, suite, task_ids, num_procs, device):
         folder = output if len(runs) == 1 else output / name if arguments.output_dir else run / base
         locks += [Run(folder)] if folder != output else []
         lines[name] = evaluate_policies(policies, reflector, suite, task_ids, arguments.episodes, folder, sizes.image_size,
-                                        sizes.chunk_size, num_procs, rule, device, arguments.stop, arguments.sample,
-                                        arguments.seed)
+                                        sizes.chunk_size, num_procs, rule, device, arguments.max_steps, arguments.stop,
+                                        arguments.sample, arguments.seed)
         world = None
         if arguments.videos and reflector and suite == config["task"] and (run / "simulate").is_dir():
             world = load_model(WorldModel, run / "simulate", device)

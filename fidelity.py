@@ -34,7 +34,8 @@ from geometry import camera_pose, project, turn_between
 from intervals import wilson_interval
 from reflector import Reflector, StopRule, reflector_metrics
 from runs import UserError
-from world_model import VirtualEnv, VirtualEnvConfig, WorldModel
+from virtual_env import VirtualEnv, VirtualEnvConfig
+from world_model import WorldModel
 
 VIEWS = ("agentview", "wrist")
 

@@ -214,6 +214,14 @@ def agent_memory(agent: Tensor, state: Tensor, cameras: Cameras, hand_height: fl
     return (plane * seen).unflatten(1, agent.shape[1:3]), seen[:, None].expand(-1, agent.shape[1], 1, -1, -1)
 
 
+def carried(agent: Tensor, state: Tensor, next_state: Tensor, camera: Camera) -> Tensor:
+    """The agent view (B, 3, H, W) of `state` (B, 8), moved and scaled as something in the hand is until `next_state`."""
+    pose = camera_pose(camera, state, on_hand=False)
+    (before, far), (after, near) = (project(value[:, None, :3], camera, pose) for value in (state, next_state))
+    grid = (pixel_grid(agent.shape[-1], agent.device) - after[:, :, None]) * (near / far)[..., None, None]
+    return F.grid_sample(agent, grid + before[:, :, None], mode="bicubic", padding_mode="border", align_corners=False)
+
+
 def ray_map(camera: Camera, state: Tensor, size: int, on_hand: bool = False) -> Tensor:
     """The Pluecker coordinates (direction, origin x direction) of every pixel's ray in the world, (B, 6, H, W)."""
     position, rotation = camera_pose(camera, state, on_hand)

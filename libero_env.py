@@ -1,4 +1,4 @@
-"""LIBERO, the true simulator, behind the same vector interface as the virtual environment (`world_model.VirtualEnv`).
+"""LIBERO, the true simulator, behind the same vector interface as the virtual environment (`virtual_env.VirtualEnv`).
 
 `LiberoTask` is one simulated task in this process. `LiberoVectorEnv` runs one such task in each of B worker processes
 and steps them by action chunks: Gymnasium's vector API, with contexts in `reset` and a leading chunk axis in actions.
@@ -24,7 +24,7 @@ import torch
 
 from episodes import Episode
 from geometry import Camera, Cameras, opening
-from runs import UserError, single_threaded_children
+from runs import UserError, light_children
 
 os.environ.setdefault("MUJOCO_GL", "egl")  # both must be set before the first import of mujoco; a user's value stays
 os.environ.setdefault("LP_NUM_THREADS", "1")  # Mesa gains nothing from a second thread; the other core has its own process
@@ -291,7 +291,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
         for _ in range(num_envs):
             here, there = context.Pipe()
             self._processes.append(context.Process(target=_worker, args=(there, suite, image_size, mesh_cell), daemon=True))
-            with single_threaded_children():
+            with light_children():
                 self._processes[-1].start()
             there.close()
             self._pipes.append(here)

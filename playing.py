@@ -135,7 +135,7 @@ def save_episode(played, path, context, source, env, temperature) -> dict:
     """Write a rollout of one context as an `Episode`; return its line of `episodes.jsonl`."""
     T = int(played.valid[0].sum())
     success, score = played.success[0, :T].cpu().numpy(), played.score[0, :T].cpu().numpy()
-    whole = min(T, env.max_steps // env.chunk_size)  # a last chunk that the step limit cut short is not kept
+    whole = min(T, (context.max_steps or env.max_steps) // env.chunk_size)  # a last chunk cut short by the limit is not kept
     episode = Episode(images=played.images[0, :whole + 1].cpu().numpy(), states=played.states[0, :whole + 1].cpu().numpy(),
                       actions=played.env_actions[0, :whole].flatten(0, 1).cpu().numpy(),
                       success=np.concatenate([[False], success[:whole]]), stride=env.chunk_size, task_id=context.task_id,

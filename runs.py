@@ -368,14 +368,17 @@ def fit(name, model, make_batch, loss_fn, config: FitConfig, folder, seed, devic
 # Processes
 # ---------------------------------------------------------------------------------------------------------------------
 @contextmanager
-def single_threaded_children():
-    """Processes started inside use one BLAS thread each: with one process a core, more threads only get in the way."""
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+def light_children():
+    """Processes started inside use one BLAS thread each: with one process a core, more only get in the way. And they do not
+    import the script that starts them, which takes seconds: what they run must be in a module of its own."""
+    main = vars(sys.modules["__main__"])
+    script, names = main.pop("__file__", None), ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, "1"))
     try:
         yield
     finally:
+        main |= {"__file__": script} if script else {}
         for name, value in before.items():
             if value is None:
                 os.environ.pop(name)
@@ -385,7 +388,7 @@ def single_threaded_children():
 
 def in_processes(function, arguments, num_procs, name, unit):
     """Call a top-level function with every tuple of arguments, one process a core, under a progress bar."""
-    with single_threaded_children(), ProcessPoolExecutor(
+    with light_children(), ProcessPoolExecutor(
             num_procs, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(function, *values) for values in arguments]
         for future in tqdm(as_completed(futures), total=len(futures), desc=name, unit=unit):

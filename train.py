@@ -9,7 +9,6 @@ skipped; a killed run goes on where it was with the same command. To redo a stag
 
     python train.py --task libero_object                                   # everything, in an hour on two cores
     python train.py --task libero_object --preset tiny                     # all stages on two tasks in minutes
-    python train.py --task libero_object --stages imagine evaluate --ppo.clip_coef 0.2 --output_dir runs/clip02
 """
 from __future__ import annotations
 
@@ -44,7 +43,8 @@ from ppo import add_lora, improve, make_optimizer, merge_lora
 from reflector import Reflector, calibrate, reflector_loss
 from runs import (Run, UserError, clear_errors, find_model, fit, in_processes, load_resume, load_weights, read_json,
                   read_log, save_resume, step_generator, write_json)
-from world_model import VirtualEnv, WorldModel, grasp_loss, world_model_loss
+from virtual_env import VirtualEnv
+from world_model import WorldModel, grasp_loss, world_model_loss
 
 CHECK_SEED = 20_000_000  # placements of `check`
 
@@ -179,7 +179,7 @@ def explore(config, run, folder, device):
     heat = config.explore.temperatures
     temperatures = [heat[number % len(heat)] for _ in config.task_ids for number in range(config.explore.episodes)]
     env = LiberoVectorEnv(config.task, config.num_procs, config.policy.image_size, config.policy.chunk_size,
-                          linger=config.explore.linger, mesh_cell=config.explore.mesh_cell, device=device)
+                          config.max_steps, linger=config.explore.linger, mesh_cell=config.explore.mesh_cell, device=device)
     try:
         lines = play(policy, env, contexts, folder, "explore", config.seed, temperatures)
         retries = second_tries([Episode.load(folder / line["file"]) for line in lines], config)
@@ -343,8 +343,8 @@ def check(config, run, policy, folder, device) -> dict:
         lines = play(policy, env, contexts, folder, "check", config.seed)
     finally:
         env.close()
-    data = ChunkData(load_episodes(folder), config.policy.chunk_size, device)
-    starts, horizon = data.starts([(k, 0) for k in range(len(data.tracks))]), step_limit(config.task) // data.chunk_size
+    starts = ChunkData(load_episodes(folder), config.policy.chunk_size, device).first_starts()
+    horizon = env.max_steps // env.chunk_size
     imagined = imagined_success(policy, *load_world(config, run, device), starts, horizon, config.virtual)
     return {"true_success": sum(line["oracle_stop"] for line in lines) / len(lines), "imagined_success": imagined.mean()}
 
@@ -381,7 +381,7 @@ def virtual_world(config, run, device):
 def true_world(config, device):
     """The RIPT-VLA baseline: the same loop, the true simulator, sparse true rewards."""
     env = LiberoVectorEnv(config.task, config.num_procs, config.policy.image_size, config.policy.chunk_size,
-                          mesh_cell=config.explore.mesh_cell, device=device)
+                          config.max_steps, mesh_cell=config.explore.mesh_cell, device=device)
 
     def draw(count, generator) -> list[LiberoContext]:
         return [LiberoContext(config.task_ids[int(torch.randint(len(config.task_ids), (), generator=generator))],
@@ -397,12 +397,12 @@ def evaluate(config, run, folder, device):
     world, reflector = load_world(config, run, device)
     policies, sizes = load_policies(run.folder, device), config.policy
     lines = evaluate_policies(policies, reflector, config.task, config.task_ids, config.evaluate.episodes, folder,
-                              sizes.image_size, sizes.chunk_size, config.num_procs, config.evaluate.stop, device)
+                              sizes.image_size, sizes.chunk_size, config.num_procs, config.evaluate.stop, device,
+                              config.max_steps)
     results = summarize(lines, config.evaluate.stop) | {"imagined": {}}
     if config.evaluate.imagine:
-        starts = ChunkData(load_episodes(folder / "cloned"), sizes.chunk_size, device)
-        starts = starts.starts([(k, 0) for k in range(len(starts.tracks))])
-        horizon = step_limit(config.task) // sizes.chunk_size
+        starts = ChunkData(load_episodes(folder / "cloned"), sizes.chunk_size, device).first_starts()
+        horizon = (config.max_steps or step_limit(config.task)) // sizes.chunk_size
         for name, policy in tqdm(policies.items(), desc="evaluate in imagination", unit="policy"):
             imagined = imagined_success(policy, world, reflector, starts, horizon, config.virtual)
             results["imagined"][name] = proportion(imagined)

@@ -24,7 +24,8 @@ from reflector import Reflector, StopRule, reflector_loss
 from runs import FitConfig, fit, step_generator
 from test_playing import CONTEXTS, Env, played
 from tiny_models import CAMERAS, L, NORMALIZER, POLICY, REFLECTOR, SIZE, WORLD
-from world_model import VirtualEnv, VirtualEnvConfig, WorldModel, grasp_loss, world_model_loss
+from virtual_env import VirtualEnv, VirtualEnvConfig
+from world_model import WorldModel, grasp_loss, world_model_loss
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")

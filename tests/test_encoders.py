@@ -6,7 +6,9 @@ from diffusers import AutoencoderKL
 
 from encoders import GridEncoder, Injection, Latents, PretrainedEncoder
 from runs import UserError
-from test_world_model import CAMERAS, NORMALIZER, TINY, VirtualEnv, VirtualEnvConfig, make_actions, make_contexts, play, toy_batch
+from test_virtual_env import make_actions, make_contexts, play
+from test_world_model import CAMERAS, NORMALIZER, TINY, toy_batch
+from virtual_env import VirtualEnv, VirtualEnvConfig
 from vlm_tiny import tiny_encoder, tiny_vae
 from world_model import WorldModel, world_model_loss
 

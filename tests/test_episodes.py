@@ -43,7 +43,7 @@ def test_the_world_learns_what_was_executed_and_the_policy_what_was_wanted():
 def test_a_world_batch_pairs_memory_and_next_frame_with_the_chunks_around_them():
     data = ChunkData([make_episode(stride=8)], 8, "cpu")
     batch = data.pictures([(0, 4), (0, 0)])
-    assert batch["memory"][:, :, 0, 0, 0, 0].tolist() == [[0, 8, 16, 32], [0, 0, 0, 0]]  # frames 0, 1, 2, 4
+    assert batch["memory"][:, :, 0, 0, 0, 0].tolist() == [[0, 8, 16, 8, 32], [0] * 5]  # frames 0, 1, 2, 1, 4
     assert batch["memory_states"][:, :, 0].tolist() == [[0, 8, 16, 32], [0, 0, 0, 0]]
     assert batch["target"][:, 0, 0, 0, 0].tolist() == batch["next_state"][:, 0].tolist() == [40, 8]
     assert batch["actions"][:, 0, 0].tolist() == [32, 0] and batch["previous_actions"][:, 7, 0].tolist() == [31, 0]
@@ -59,7 +59,7 @@ def test_from_an_imagined_copy_the_simulator_learns_the_true_next_picture():
     empty, true = make_episode(steps=4, stride=4), make_episode(stride=1)
     copies = [replace(true, images=true.images[::8] + 100, states=true.states[::8], success=true.success[::8], stride=8)]
     batch = ChunkData([empty, *copies], 8, "cpu", truth=[empty, true]).pictures([(0, 4)])  # the empty one is left out
-    assert batch["memory"][0, :, 0, 0, 0, 0].tolist() == [100, 108, 116, 132]
+    assert batch["memory"][0, :, 0, 0, 0, 0].tolist() == [100, 108, 116, 108, 132]
     assert batch["target"][0, 0, 0, 0, 0] == 40 == batch["next_state"][0, 0]
 
 
@@ -98,11 +98,17 @@ def test_an_episode_taken_up_again_remembers_its_past_and_teaches_what_came_afte
     assert CloneData([again], None, 8, "cpu").index == data.index
     assert all(t >= 2 for pool in data.start_pools().values() for _, t in pool)
     assert data.starts([(0, 3)])[0].images[:, 0, 0, 0, 0].tolist() == [0, 8, 100, 108]
-    assert data.pictures([(0, 6)])["memory"][0, :, 0, 0, 0, 0].tolist() == [0, 100, 116, 132]
+    assert data.pictures([(0, 6)])["memory"][0, [0, 1, 2, -1], 0, 0, 0, 0].tolist() == [0, 100, 116, 132]
 
 
-def test_memory_always_holds_the_first_and_the_last_frame():
-    assert memory_index(torch.tensor([0, 1, 9])).tolist() == [[0, 0, 0, 0], [0, 0, 0, 1], [0, 3, 6, 9]]
+def test_memory_holds_the_first_and_the_last_frame_and_the_one_after_the_fingers_closed():
+    states = torch.zeros(4, 12, 8)
+    states[:, :, 6] = 0.08
+    states[1:, 4:, 6] = 0.02  # closed from frame 4 on
+    states[3, 7:9, 6] = 0.08  # the last one opens them again in between
+    indices = memory_index(torch.tensor([9, 9, 4, 9]), states).tolist()
+    assert indices == [[0, 3, 6, 9, 9], [0, 3, 6, 5, 9], [0, 1, 2, 4, 4], [0, 3, 6, 9, 9]]
+    assert memory_index(torch.tensor([0, 1]), states[:2]).tolist() == [[0] * 5, [0, 0, 0, 1, 1]]
 
 
 def test_the_fingers_history_is_newest_first_and_begins_with_the_first_frame():

@@ -154,6 +154,18 @@ def test_the_wrist_map_rides_on_the_hand_and_shows_where_it_came_from():
 HIGHER = Cameras(Camera(45.0, [0.7, 0.1, 1.6], AGENTVIEW.rotation), WRIST, plane_z=0.1)  # another scene
 
 
+def test_what_is_carried_moves_with_the_hand_in_the_agent_view_and_grows_as_it_comes_nearer():
+    state, there = states(2), states(2, seed=1)
+    there[:, 0] += 0.15  # towards the camera
+    pose, grid = camera_pose(AGENTVIEW, state, on_hand=False), pixel_grid(64, state.device)
+    (here, far), (expected, near) = (project(value[:, None, :3], AGENTVIEW, pose) for value in (state, there))
+    blob = torch.exp(-100 * (grid - here[:, :, None]).square().sum(-1))[:, None].expand(-1, 3, -1, -1)
+    moved = geometry.carried(blob, state, there, AGENTVIEW)[:, 0]
+    place = torch.einsum("bhw,hwc->bc", moved, grid) / moved.sum((1, 2))[:, None]
+    assert (place - expected[:, 0]).abs().max() < 1 / 64, "half a pixel"
+    assert torch.allclose(moved.sum((1, 2)) / blob[:, 0].sum((1, 2)), (far / near)[:, 0].square(), rtol=0.02)
+
+
 def test_cameras_survive_json():
     for cameras in (Cameras(AGENTVIEW, WRIST, 0.01), Cameras.of_tasks([HIGHER, Cameras(AGENTVIEW, WRIST, 0.01)])):
         assert Cameras.from_dict(json.loads(json.dumps(cameras.to_dict()))) == cameras

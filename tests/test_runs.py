@@ -160,3 +160,12 @@ def test_a_model_that_is_nowhere_is_one_clear_line(monkeypatch):
     with pytest.raises(UserError, match="neither a folder nor a hub id"):
         runs.find_model("runs/mine/clone")
     assert runs.find_model(Path("runs/mine")) == Path("runs/mine"), "a stage that is missing is not looked for on the hub"
+
+
+def test_processes_do_not_import_the_script_that_starts_them(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"print('imported')\nimport os, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom runs import in_processes\n"
+                      "if __name__ == '__main__':\n    in_processes(os.getenv, [('HOME',)], 1, 'ask', 'name')\n"
+                      "    print(os.path.basename(__file__))\n")
+    process = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert process.stdout.split() == ["imported", "script.py"], process.stderr

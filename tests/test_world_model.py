@@ -5,19 +5,16 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from diffusers import EDMEulerScheduler
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import runs
-from episodes import Normalizer, StartContext, finger_history
+from episodes import GRIP, MEMORY, Normalizer
 from geometry import Camera, Cameras
-from reflector import StopRule
-from runs import UserError
-from world_model import (VirtualEnv, VirtualEnvConfig, WorldModel, WorldModelConfig, draw_sigmas, euler,
-                         grasp_loss, noise_levels, normal, preconditioning, world_model_loss)
+from world_model import (WorldModel, WorldModelConfig, draw_sigmas, euler, grasp_loss, noise_levels, normal,
+                         preconditioning, world_model_loss)
 
 torch.set_num_threads(1)
 AGENTVIEW = Camera(45.0, [0.9, 0.0, 0.65], [[0.0, -0.6, 0.8], [1.0, 0.0, 0.0], [0.0, 0.8, 0.6]])
@@ -36,29 +33,6 @@ def make_model(config=TINY, seed=0, cameras=CAMERAS):
     torch.nn.init.normal_(model.unet.conv_out.weight, std=0.1)
     torch.nn.init.normal_(model.pose_predictor.correction[-1].weight, std=0.1)
     return model
-
-
-def make_contexts(B, seed=0, seen=1):
-    random = np.random.default_rng(seed)
-    return [StartContext(random.integers(0, 256, (seen, 2, 3, 16, 16), dtype=np.uint8), START.expand(seen, 8).numpy(),
-                         f"task {b}", np.zeros((4, 7), np.float32), 0) for b in range(B)]
-
-
-def make_actions(B, T, seed=1):
-    return torch.rand(T, B, 4, 7, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
-
-class NeverDone:
-    def score(self, first, previous, current, instruction, fingers):
-        return torch.full((len(instruction),), 0.25)
-
-
-def play(env, contexts, actions, seed=None):
-    """-> images (T + 1, B, V, 3, H, W)."""
-    if seed is not None:
-        env.reset_noise(seed)
-    frames = [env.reset(contexts)[0]["images"]]
-    return torch.stack(frames + [env.step(chunk)[0]["images"] for chunk in actions])
 
 
 # ---- diffusion
@@ -125,8 +99,8 @@ def toy_batch(B, seed=0, size=16):
     moved[:, 0] = 0.05 * shift / 4
     frame = draw(place)
     none = torch.zeros_like(actions)
-    return {"memory": frame[:, None].expand(-1, 4, *frame.shape[1:]), "target": draw(place + shift), "actions": actions,
-            "memory_states": state[:, None].expand(B, 4, 8), "next_state": state + moved, "previous_actions": none,
+    return {"memory": frame[:, None].expand(-1, MEMORY, *frame.shape[1:]), "target": draw(place + shift), "actions": actions,
+            "memory_states": state[:, None].expand(B, MEMORY, 8), "next_state": state + moved, "previous_actions": none,
             "task": torch.zeros(B, dtype=torch.long), "transitions": [value[:, None] for value in (state, none, actions, state + moved)]}
 
 
@@ -195,178 +169,37 @@ def test_the_opening_is_seen_and_learned_apart_from_the_pictures():
 
 
 def test_where_no_wrist_picture_has_looked_the_base_shows_the_first_agent_view():
-    memory, there = -torch.ones(1, 4, 2, 3, 16, 16), START + 0.15 * torch.eye(8)[1]
+    memory, there = -torch.ones(1, MEMORY, 2, 3, 16, 16), START + 0.15 * torch.eye(8)[1]
     memory[:, 0, 0] = 1  # it alone is bright
-    states, task = START.expand(1, 4, 8), torch.zeros(1, dtype=torch.long)
-    beside, same = (make_model().condition(memory, states, state[None], task)[0][0, 3:, :12] for state in (there, START))
+    states, task = START.expand(1, MEMORY, 8), torch.zeros(1, dtype=torch.long)
+
+    def base(state, config=TINY):
+        model = make_model(config)
+        return model.base(model.condition(memory, states, state[None], task)[0])
+
+    beside, same = (base(state)[0, 3:, :12] for state in (there, START))
     assert 0.1 < (beside > 0.9).float().mean() < 0.9 and (same < -0.9).all(), "what the wrist has seen, it has seen better"
-    without = make_model(replace(TINY, plane_view=False)).condition(memory, states, there[None], task)[0]
-    assert (without < -0.9).all()
+    assert (base(there, replace(TINY, plane_view=False)) < -0.9).all()
+
+
+def test_a_picture_may_be_copied_from_any_source_and_the_grip_is_one_as_it_was():
+    memory, task = torch.randint(256, (1, MEMORY, 2, 3, 16, 16), dtype=torch.uint8), torch.zeros(1, dtype=torch.long)
+    states, there = START.repeat(1, MEMORY, 1), (START + 0.02)[None]
+    model, actions = make_model(replace(TINY, still=0.0, sigma_max=1e3)), torch.zeros(1, 4, 7)
+    first, grip = 1, sum(model.sources[:1]) + 1 + len(TINY.heights)  # of the agent view's sources, of the wrist's
+    with torch.no_grad():
+        model.unet.conv_out.weight.zero_()
+        model.unet.conv_out.bias.zero_()
+        model.unet.conv_out.bias.view(-1, TINY.patch**2)[[6 + first, 6 + grip]] = 10
+    images = model.sample(memory, states, there, actions, torch.randn(1, 6, 16, 16), task)[0].int()
+    assert (images[0] - memory[0, 0, 0].int()).abs().max() <= 1 and (images[1] - memory[0, GRIP, 1].int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize("change, expected", [(3, 0), (-3, 0), (50, 46), (-50, -46)])
 def test_what_hardly_changes_stays_as_it_was(change, expected):
-    model, memory = make_model(), torch.full((1, 4, 2, 3, 16, 16), 128, dtype=torch.uint8)
+    model, memory = make_model(), torch.full((1, MEMORY, 2, 3, 16, 16), 128, dtype=torch.uint8)
     model.denoise = lambda x, *_: change / 127.5 / model.residual_std.expand_as(x)
-    states = START.expand(1, 4, 8)
+    states = START.expand(1, MEMORY, 8)
     actions, noise, task = torch.zeros(1, 4, 7), torch.zeros(1, 6, 16, 16), torch.zeros(1, dtype=torch.long)
     images = model.sample(memory, states, START[None], actions, noise, task)
     assert (images[:, 0].int() - 128 == expected).all(), "the agent view's base is its last frame"
-
-
-# ---- the environment
-
-def test_an_action_changes_the_next_frame_and_none_before():
-    actions, model = make_actions(2, 5), make_model()
-    changed = actions.clone()
-    changed[3] = -changed[3]
-    one, two = (VirtualEnv(model, NeverDone(), VirtualEnvConfig(horizon=8), 2) for _ in range(2))
-    play(one, make_contexts(2), actions)
-    play(two, make_contexts(2), changed)
-    for history, other in ((one.frames, two.frames), (one.states, two.states)):
-        assert torch.equal(history[:, :4], other[:, :4]) and not torch.equal(history[:, 4], other[:, 4])
-
-
-def test_same_seed_same_rollout_and_another_at_the_next_reset():
-    contexts, actions, model = make_contexts(2), make_actions(2, 3), make_model()
-    env, twin, other = (VirtualEnv(model, NeverDone(), VirtualEnvConfig(seed=seed), 2) for seed in (7, 7, 8))
-    first = play(env, contexts, actions)
-    assert torch.equal(first, play(twin, contexts, actions))
-    assert not torch.equal(first, play(other, contexts, actions))
-    assert not torch.equal(first, play(env, contexts, actions))
-    assert torch.equal(first, play(env, contexts, actions, seed=0))  # reset_noise(0) is how an env begins
-
-
-def test_groups_share_their_noise():
-    contexts, actions = [make_contexts(1)[0]] * 4, make_actions(1, 3).expand(3, 4, 4, 7)
-    config = VirtualEnvConfig()
-    frames = play(VirtualEnv(make_model(), NeverDone(), config, 4, group_size=2), contexts, actions)[-1]
-    assert torch.equal(frames[0], frames[1]) and torch.equal(frames[2], frames[3])
-    assert not torch.equal(frames[0], frames[2])
-    config = replace(config, shared_noise=False)
-    frames = play(VirtualEnv(make_model(), NeverDone(), config, 4, group_size=2), contexts, actions)[-1]
-    assert not torch.equal(frames[0], frames[1])
-
-
-def test_a_start_tells_how_lucky_the_fingers_are_in_all_of_its_rollout():
-    model, seen, contexts = make_model(), [], make_contexts(3)
-    inner = model.predict_state
-    model.predict_state = lambda *given: (seen.append(given[4].tolist()), inner(*given))[1]
-    play(VirtualEnv(model, None, VirtualEnvConfig(), 3), [contexts[0], replace(contexts[1], luck=0.25), contexts[2]], make_actions(3, 2))
-    assert seen == [[0.5, 0.25, 0.5]] * 2
-
-
-def test_resetting_one_slot_leaves_the_others_bit_equal():
-    env = VirtualEnv(make_model(), NeverDone(), VirtualEnvConfig(), 3)
-    play(env, make_contexts(3), make_actions(3, 2))
-    before, frames, states = env.observe(), env.frames.clone(), env.states.clone()
-    mask, fresh = torch.tensor([False, True, False]), make_contexts(3, seed=9)
-    after, _ = env.reset([None, fresh[1], None], mask)
-    for b in (0, 2):
-        assert torch.equal(after["images"][b], before["images"][b])
-        assert torch.equal(after["state"][b], before["state"][b])
-        assert torch.equal(env.frames[b], frames[b]) and torch.equal(env.states[b], states[b])
-        assert env.time[b] == 2 and after["instruction"][b] == before["instruction"][b]
-    assert torch.equal(after["images"][1], torch.from_numpy(fresh[1].images[-1])) and env.time[1] == 0
-
-
-def test_the_reflector_ends_episodes_and_pays_only_at_the_end():
-    class Script:
-        """Scores rise with time: 0.2 more each chunk; task 1 is never done."""
-        calls = 0
-
-        def score(self, first, previous, current, instruction, fingers):
-            self.calls += 1
-            self.batch, self.fingers = len(instruction), fingers
-            return torch.tensor([0.2 * self.calls if name == "task 0" else 0.1 for name in instruction])
-
-    script = Script()
-    env = VirtualEnv(make_model(), script, VirtualEnvConfig(horizon=4, stop=StopRule(confirm=1)), 2)
-    env.reset(make_contexts(2))
-    history = [env.step(chunk) for chunk in make_actions(2, 6)]
-    rewards, terminated, truncated = (torch.stack([h[i] for h in history]) for i in (1, 2, 3))
-    scores = torch.stack([h[4]["score"] for h in history])
-    assert torch.allclose(rewards, torch.tensor([[0, 0], [0, 0], [0.6, 0], [0, 0.1], [0, 0], [0, 0]]))
-    assert terminated.nonzero().tolist() == [[2, 0]] and truncated.nonzero().tolist() == [[3, 1]]
-    assert script.calls == 4 and script.batch == 1  # what has ended is not computed any more
-    assert torch.equal(script.fingers, finger_history(env.states)[1:, 4])
-    assert torch.equal(scores.isnan(), torch.tensor([[0, 0]] * 3 + [[1, 0]] + [[1, 1]] * 2).bool())
-    assert torch.equal(history[2][0]["images"][0], history[5][0]["images"][0])
-
-
-def test_a_stop_is_confirmed_by_the_next_frame_and_a_reset_forgets_the_last():
-    class Script:
-        scores = iter([0.9, 0.2, 0.8, 0.7, 0.6, 0.6])
-
-        def score(self, first, previous, current, instruction, fingers):
-            return torch.tensor([next(self.scores)])
-
-    env = VirtualEnv(make_model(), Script(), VirtualEnvConfig(horizon=9, stop=StopRule(confirm=2)), 1)
-    env.reset(make_contexts(1))
-    ends = [env.step(chunk)[1:3] for chunk in make_actions(1, 4)]
-    assert [bool(terminated) for _, terminated in ends] == [False, False, False, True]
-    assert [float(reward) for reward, _ in ends] == pytest.approx([0, 0, 0, 0.7])
-    env.reset(make_contexts(1))
-    assert [bool(env.step(chunk)[2]) for chunk in make_actions(1, 2)] == [False, True]
-
-
-def test_memory_is_first_third_two_thirds_and_last():
-    class Spy(WorldModel):
-        def sample(self, memory, memory_states, next_state, actions, noise, task):
-            self.seen = memory[:, :, 0, 0, 0, 0].tolist()
-            return memory[:, -1] + 1  # frame t is filled with t
-
-    model = Spy(TINY, CAMERAS, NORMALIZER)
-    env = VirtualEnv(model, None, VirtualEnvConfig(horizon=12), 2)
-    contexts = make_contexts(2)
-    for context in contexts:
-        context.images[:] = 0
-    env.reset(contexts)
-    for chunk in make_actions(2, 10):
-        obs, reward, terminated, truncated, info = env.step(chunk)
-    assert model.seen == [[0, 3, 6, 9]] * 2
-    assert info["score"].isnan().all() and not (terminated | truncated).any()
-
-
-def test_a_rollout_remembers_what_was_seen_before_its_start_and_is_as_long_as_any_other():
-    class Listener(NeverDone):
-        def score(self, first, previous, current, instruction, fingers):
-            self.first, self.fingers = first, fingers
-            return super().score(first, previous, current, instruction, fingers)
-
-    model, contexts, listener = make_model(), [*make_contexts(1), *make_contexts(1, seed=2, seen=6)], Listener()
-    contexts[1].states = contexts[1].states + 0.001 * np.arange(6, dtype=np.float32)[:, None]
-    env = VirtualEnv(model, listener, VirtualEnvConfig(horizon=3), 2)
-    first, _ = env.reset(contexts)
-    assert torch.equal(first["images"][1], torch.from_numpy(contexts[1].images[-1])) and env.time.tolist() == [0, 5]
-    ends = [env.step(chunk)[3].tolist() for chunk in make_actions(2, 3)]
-    assert ends == [[False, False], [False, False], [True, True]]
-    assert torch.equal(listener.first[1], torch.from_numpy(contexts[1].images[0]))
-    assert torch.equal(listener.fingers[1, 3:], finger_history(torch.from_numpy(contexts[1].states))[-1, :5])
-    assert torch.equal(env.frames[1, :6], torch.from_numpy(contexts[1].images))
-    short = replace(contexts[1], images=contexts[1].images[-1:], states=contexts[1].states[-1:])
-    with_past, without = (play(VirtualEnv(model, None, VirtualEnvConfig(), 1), [start], make_actions(1, 1))[1]
-                          for start in (contexts[1], short))
-    assert not torch.equal(with_past, without)
-
-
-def test_each_slot_is_imagined_in_its_tasks_scene():
-    raised = Cameras(AGENTVIEW, CAMERAS.wrist, plane_z=0.1)
-    actions, contexts = make_actions(2, 2), [replace(make_contexts(2)[0], task_id=task) for task in (1, 0)]
-    mixed, low, high = (play(VirtualEnv(make_model(cameras=cameras), None, VirtualEnvConfig(), 2, group_size=2), contexts, actions)
-                        for cameras in (Cameras.of_tasks([CAMERAS, raised]), CAMERAS, raised))
-    assert torch.equal(mixed[:, 0], high[:, 0]) and torch.equal(mixed[:, 1], low[:, 1])
-    assert not torch.equal(mixed[:, 0], low[:, 0])
-
-
-def test_save_and_load_give_bit_equal_pictures(tmp_path):
-    model = make_model()
-    model.save_pretrained(tmp_path)
-    again = WorldModel.from_pretrained(tmp_path).eval()
-    assert again.cameras == CAMERAS
-    contexts, actions = make_contexts(2), make_actions(2, 2)
-    one, two = (play(VirtualEnv(m, None, VirtualEnvConfig(), 2), contexts, actions) for m in (model, again))
-    assert torch.equal(one, two)
-    (tmp_path / "config.json").write_text('{"world_model": {"colour": 1}}')
-    with pytest.raises(UserError):
-        WorldModel.from_pretrained(tmp_path)
