@@ -44,7 +44,7 @@ def test_a_world_batch_pairs_memory_and_next_frame_with_the_chunks_around_them()
     data = ChunkData([make_episode(stride=8)], 8, "cpu")
     batch = data.pictures([(0, 4), (0, 0)])
     assert batch["memory"][:, :, 0, 0, 0, 0].tolist() == [[0, 8, 16, 8, 32], [0] * 5]  # frames 0, 1, 2, 1, 4
-    assert batch["memory_states"][:, :, 0].tolist() == [[0, 8, 16, 32], [0, 0, 0, 0]]
+    assert batch["memory_states"][:, :, 0].tolist() == [[0, 8, 16, 8, 32], [0] * 5]
     assert batch["target"][:, 0, 0, 0, 0].tolist() == batch["next_state"][:, 0].tolist() == [40, 8]
     assert batch["actions"][:, 0, 0].tolist() == [32, 0] and batch["previous_actions"][:, 7, 0].tolist() == [31, 0]
     many = data.world_batch(3, torch.Generator().manual_seed(0), transitions=50)
@@ -109,6 +109,7 @@ def test_memory_holds_the_first_and_the_last_frame_and_the_one_after_the_fingers
     indices = memory_index(torch.tensor([9, 9, 4, 9]), states).tolist()
     assert indices == [[0, 3, 6, 9, 9], [0, 3, 6, 5, 9], [0, 1, 2, 4, 4], [0, 3, 6, 9, 9]]
     assert memory_index(torch.tensor([0, 1]), states[:2]).tolist() == [[0] * 5, [0, 0, 0, 1, 1]]
+    assert memory_index(torch.tensor([6]), states[3:]).tolist() == [[0, 2, 4, 5, 6]], "what comes later does not count"
 
 
 def test_the_fingers_history_is_newest_first_and_begins_with_the_first_frame():
