@@ -87,7 +87,7 @@ def train_all(folder, accumulate=1):
 
     log["episodes"] = [name for name, _ in played(folder / "explore", Env(2), CONTEXTS[:7])]
     starts = data.starts(data.index[:5])
-    log["stopped"] = imagined_success(start, dream, Bright(), starts, 3, VirtualEnvConfig(stop=StopRule(0.5, 1))).tolist()
+    log["stopped"] = imagined_success(start, dream, Bright(), starts, 3, VirtualEnvConfig(stop=StopRule(0.7, 1))).tolist()
     log["apart"] = max(float((other - weights[name]).abs().max()) for name in weights
                        for other in distributed.gather(weights[name]))
     return weights, log
