@@ -164,8 +164,9 @@ def test_a_model_that_is_nowhere_is_one_clear_line(monkeypatch):
 
 def test_processes_do_not_import_the_script_that_starts_them(tmp_path):
     script = tmp_path / "script.py"
-    script.write_text(f"print('imported')\nimport os, sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom runs import in_processes\n"
-                      "if __name__ == '__main__':\n    in_processes(os.getenv, [('HOME',)], 1, 'ask', 'name')\n"
-                      "    print(os.path.basename(__file__))\n")
+    script.write_text("\n".join((
+        "print('imported')", "import os, sys", f"sys.path.insert(0, {str(Path(runs.__file__).parent)!r})",
+        "from runs import in_processes", "if __name__ == '__main__':", "    in_processes(os.getenv, [('HOME',)], 1, 'ask', 'name')",
+        "    print(os.path.basename(__file__))")))
     process = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert process.stdout.split() == ["imported", "script.py"], process.stderr
