@@ -3,8 +3,8 @@
     actions (B, L, 7) ─► where the hand will be, what it will hold ─► next pictures ─► score ─► stop? reward
                          WorldModel.predict_state                     .sample           Reflector.score
 
-It never calls the true simulator. World-Env, section 3: one chunk of actions is one step; the episode ends when the
-reflector's score exceeds η (`StopRule`), and that score is its reward (equations 2 and 3).
+It never calls the true simulator. World-Env, Algorithm 1: one chunk of actions is one step; the episode ends when the
+reflector's score exceeds η (`StopRule`) or at the horizon, and the last score is its reward.
 
 Shape letters: B trajectories (b alive), F memory frames, V camera views, L length of an action chunk, C, H, W image.
 

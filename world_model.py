@@ -33,7 +33,7 @@ Try it: python -m pytest tests/test_world_model.py
 """
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
