@@ -126,6 +126,12 @@ def opening(state):
     return state[..., 6] - state[..., 7]
 
 
+def openness(metres: Tensor) -> Tensor:
+    """m between the fingers -> 0 to 1, by its root: fingers that met on air (1 mm) or hold a bowl's rim (4 mm) are as far
+    apart in it as 29 mm and 40 mm."""
+    return (metres / MAX_OPENING).clamp(0, 1).sqrt()
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Cameras
 # ----------------------------------------------------------------------------------------------------------
@@ -248,5 +254,5 @@ def action_map(camera: Camera, state: Tensor, size: int, hand: Tensor | None = N
     to_origin = offset.norm(dim=-1) / 2  # (B, H, W, 1)
     lines = (0.5 + (LINE_WIDTH / 2 - to_line) * size).clamp(0, 1)  # edges are one pixel soft
     disc = (0.5 + (CIRCLE_RADIUS - to_origin) * size).clamp(0, 1)
-    brightness = 0.2 + 0.6 * (opening(state) / MAX_OPENING).clamp(0, 1).view(-1, 1, 1, 1)
+    brightness = 0.2 + 0.6 * openness(opening(state)).view(-1, 1, 1, 1)
     return torch.maximum(disc * brightness, lines).permute(0, 3, 1, 2)

@@ -8,7 +8,7 @@ because the mean of two outcomes is neither. Fingers that hold something are tol
 hand that comes down on an object stays above it: how much higher than in free air is read off the same way (the lift):
 
     wrist picture, now and warped to the next pose ──┐                   ┌─► P(lift), 4 mm a bin
-    agent view around the hand, now and next ────────┼─► small conv net ─┼─► P(opening), 4 mm a bin
+    agent view around the hand, now and next ────────┼─► small conv net ─┼─► P(opening), 20 bins
     both action chunks, height, turn, fingers ───────┴─► stay ───────────┘
 
 Given the true opening alone, the simulator's false successes fell from 11 of 14 to 4 (ABLATIONS.md): pictures that
@@ -26,18 +26,18 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from episodes import Normalizer
-from geometry import MAX_OPENING, Cameras, camera_pose, opening, pixel_grid, project, rotation_matrix, turn_state, warp_wrist
+from geometry import (MAX_OPENING, Cameras, camera_pose, opening, openness, pixel_grid, project, rotation_matrix, turn_state,
+                      warp_wrist)
 
-STATE_FEATURES = 11  # width of `state_features`
-BINS = 20  # of the fingers' opening, MAX_OPENING / BINS wide, and of the lift
+STATE_FEATURES = 10  # width of `state_features`
+BINS = 20  # of the fingers' `openness` and of the lift
 LOWEST, LIFTS = -0.018, 0.08  # m: the lowest lift, and how far all of them span; one bin's middle is 0, no lift
 
 
 def state_features(state: Tensor, normalizer: Normalizer) -> Tensor:
-    """(B, 8) -> (B, 11): position and fingers normalised, two columns of the rotation matrix."""
-    scaled = normalizer.normalize_state(state)
+    """(B, 8) -> (B, 10): position normalised, two columns of the rotation matrix, openness of the fingers from -1 to 1."""
     rotation = rotation_matrix(state[:, 3:6])[:, :, :2].flatten(1)
-    return torch.cat([scaled[:, :3], rotation, scaled[:, 6:]], dim=1)
+    return torch.cat([normalizer.normalize_state(state)[:, :3], rotation, 2 * openness(opening(state))[:, None] - 1], dim=1)
 
 
 class PosePredictor(nn.Module):
@@ -102,21 +102,21 @@ class GraspPredictor(nn.Module):
         self.stay = nn.Linear(D, 1)
 
     def forward(self, pictures: Tensor, features: Tensor, metres: Tensor) -> Tensor:
-        """Pictures (B, 13, H, W) and features (B, 14 L + 22) of `surroundings`, opening (B,) now -> logits (B, 2, BINS)."""
+        """Pictures (B, 13, H, W) and features (B, 14 L + 20) of `surroundings`, opening (B,) now -> logits (B, 2, BINS)."""
         embedding = self.embed(features)
         x = self.block1(self.stem(pictures), embedding)  # (B, C, H/4, W/4)
         x = self.block2(self.down(x), embedding)  # (B, 2C, H/8, W/8)
         x = F.silu(self.squeeze(x)).flatten(1)
         fingers, lift = self.out(torch.cat([x, F.silu(embedding)], dim=1)).float().chunk(2, dim=1)
         # Fingers that hold something go on holding it: commands and state say how sure that is, without the pictures.
-        centres = (torch.arange(BINS, device=metres.device) + 0.5) * MAX_OPENING / BINS
-        near = torch.exp(-((centres - metres[:, None]) / (MAX_OPENING / BINS)).square())  # (B, BINS)
+        middles = torch.arange(BINS, device=metres.device) + 0.5
+        near = torch.exp(-(middles - openness(metres)[:, None] * BINS).square())  # (B, BINS)
         return torch.stack([fingers + self.stay(F.silu(embedding)).float() * near, lift], dim=1)
 
 
 def surroundings(images: Tensor, state: Tensor, next_pose: Tensor, previous_actions: Tensor, actions: Tensor,
                  cameras: Cameras, normalizer: Normalizer) -> tuple[Tensor, Tensor]:
-    """What a grasp depends on, as seen from the hand: pictures (B, 13, H, W), features (B, 14 L + 22).
+    """What a grasp depends on, as seen from the hand: pictures (B, 13, H, W), features (B, 14 L + 20).
 
     images (B, V, 3, H, W) in [-1, 1]; next_pose (B, 8): `state` moved by kinematics. Where the hand is in the
     room is left out: a grasp here is a grasp there, which makes examples of all.
@@ -139,9 +139,9 @@ def around_hand(agent: Tensor, state: Tensor, cameras: Cameras) -> Tensor:
 
 
 def contact_bins(pose: Tensor, next_state: Tensor) -> Tensor:
-    """What is learned: (B, 2) in 0 .. BINS - 1, the fingers' opening and the lift above the free hand's pose (B, 8)."""
+    """What is learned: (B, 2) in 0 .. BINS - 1, the fingers' openness and the lift above the free hand's pose (B, 8)."""
     lift = (next_state[:, 2] - pose[:, 2] - LOWEST) / LIFTS
-    return (torch.stack([opening(next_state) / MAX_OPENING, lift], dim=1) * BINS).long().clamp(0, BINS - 1)
+    return (torch.stack([openness(opening(next_state)), lift], dim=1) * BINS).long().clamp(0, BINS - 1)
 
 
 def quantile(logits: Tensor, uniform: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ def quantile(logits: Tensor, uniform: Tensor) -> Tensor:
 def in_contact(pose: Tensor, logits: Tensor, uniform: Tensor) -> Tensor:
     """The free hand's pose (B, 8) and logits (B, 2, BINS) -> the state (B, 8): its fingers, evenly apart, drawn by
     uniform (B,), and its median lift."""
-    apart = MAX_OPENING * quantile(logits[:, 0], uniform)
+    apart = MAX_OPENING * quantile(logits[:, 0], uniform).square()
     lift = LOWEST + LIFTS * quantile(logits[:, 1], torch.full_like(uniform, 0.5))
     lift = torch.where(lift.abs() > LIFTS / BINS / 2, lift, 0.0)  # within the middle bin: none
     return torch.cat([pose[:, :2], (pose[:, 2] + lift)[:, None], pose[:, 3:6], torch.stack([apart, -apart], 1) / 2], dim=1)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from episodes import Normalizer
 from fidelity import gripper_pixels
-from geometry import MAX_OPENING, Camera, Cameras, turn_between
+from geometry import MAX_OPENING, Camera, Cameras, openness, turn_between
 from kinematics import (BINS, LIFTS, GraspPredictor, PosePredictor, around_hand, contact_bins, free_air_loss, in_contact, moved,
                         opening, quantile, state_features, surroundings)
 
@@ -57,7 +57,8 @@ def test_sure_distributions_give_back_opening_and_lift_within_their_bins(metres,
     logits = 50 * F.one_hot(contact_bins(free, there), BINS).float()
     for uniform in (0.01, 0.5, 0.99):
         state = in_contact(free, logits, torch.tensor([uniform]))
-        assert (opening(state) - metres).abs() <= MAX_OPENING / BINS + 1e-6 and state[0, 6] == -state[0, 7]
+        off = openness(opening(state)) - openness(torch.tensor([metres]))
+        assert off.abs() <= 1 / BINS + 1e-6 and state[0, 6] == -state[0, 7]
         assert (state[0, 2] - there[0, 2]).abs() <= LIFTS / BINS + 1e-6
         assert torch.equal(state[:, [0, 1, 3, 4, 5]], free[:, [0, 1, 3, 4, 5]]), "nothing else moves"
 
@@ -78,6 +79,16 @@ def test_openings_are_drawn_as_often_as_the_distribution_says():
     assert torch.allclose(found, probability, atol=0.002)
     assert len(drawn.unique()) > 1000, "between the edges of a bin, too"
     assert (drawn.diff() >= 0).all(), "a group that shares its uniform number must not be reordered"
+
+
+def test_fingers_are_imagined_on_air_or_on_a_rim_and_never_between():
+    """As in LIBERO-Spatial: 1 mm apart on air, 4 mm on a bowl's rim. Neither may be drawn where the other is likelier."""
+    bins = contact_bins(START.expand(2, 8), holding(torch.tensor([0.001, 0.004])))[:, 0]
+    uniform = (torch.arange(100) + 0.5) / 100
+    logits = torch.full((100, 2, BINS), -20.0)
+    logits[:, 0, bins[0]], logits[:, 0, bins[1]] = math.log(0.6), math.log(0.4)
+    drawn = 1000 * opening(in_contact(START.expand(100, 8), logits, uniform))
+    assert (drawn[:60] < 2).all() and (drawn[60:] > 3).all()
 
 
 def test_what_surrounds_the_hand_moves_with_it():
@@ -123,4 +134,4 @@ def test_fingers_can_be_told_to_stay_where_they_are():
     state = holding(metres)
     images, actions = torch.rand(16, 2, 3, 32, 32) - 1, torch.ones(16, 4, 7)
     logits = net(*surroundings(images, state, state, actions, actions, CAMERAS, NORMALIZER), opening(state))
-    assert (MAX_OPENING * quantile(logits[:, 0], torch.full((16,), 0.5)) - metres).abs().max() < MAX_OPENING / BINS
+    assert (quantile(logits[:, 0], torch.full((16,), 0.5)) - openness(metres)).abs().max() < 1 / BINS
