@@ -54,7 +54,7 @@ from torch import Tensor, nn
 
 from encoders import ImageTextModel
 from episodes import to_float, tokenize
-from geometry import openness
+from geometry import MAX_OPENING
 from runs import UserError, find_model, load_weights, read_json, save_model
 
 
@@ -202,7 +202,7 @@ class Reflector(nn.Module):
         """Frames (N, V, 3, H, W) each, fingers (N, K) -> logits (N,)."""
         h = self.encoder(first, previous, current, instruction)  # (N, D)
         if self.fingers is not None:
-            h = h + self.fingers(2 * openness(fingers) - 1)
+            h = h + self.fingers(fingers / MAX_OPENING * 2 - 1)
         return self.head(h).float().squeeze(1)
 
     @torch.no_grad()
