@@ -65,3 +65,12 @@ def test_todays_clones_and_what_became_of_them_follow_too(clone):
     rows = tables(lines, stop="oracle")
     assert len(lines["cloned"]) >= 100 and len(rows) > 13  # a row a task
     assert not [row for row in rows if row not in (ROOT / "RESULTS.md").read_text()]
+
+
+def test_the_readmes_fidelity_table_is_the_measured_one():
+    measured, readme = json.loads((ROOT / "results" / "today" / "fidelity.json").read_text()), (ROOT / "README.md").read_text()
+    cells = [cell for rates in measured["outcome"].values() for cell in rates.values()]
+    assert len(cells) == 9 and not [cell for cell in cells if f"{cell['count']}/{cell['of']} = {cell['rate']:.0%}" not in readme]
+    for view in ("agentview", "wrist"):
+        values = [measured["horizon"][f"psnr_{view}_{chunks}_predicted"] for chunks in (1, 5, 10, 20)]
+        assert " / ".join(f"{value:.1f}" for value in values) in readme
