@@ -26,7 +26,8 @@ class ExploreConfig:
     episodes: int = 16  # episodes a task
     held_out: int = 3  # of these, the first ones: nothing is trained on them, they measure simulator and reflector
     temperatures: tuple[float, ...] = (1.0, 2.0, 4.0)  # taken in turn, they multiply the cloned policy's Laplace scale b
-    retries: int = 2  # times that a training episode is taken up again before its fingers first closed, and first opened
+    grasps: int = 32  # more placements a task, of which only the first grasp is played
+    releases: int = 2  # times that a training episode is taken up again shortly before its fingers first opened again
     linger: int = 3  # chunks to go on after the goal is reached, so that there are frames of a task that is done
     mesh_cell: float = 0.006  # m; vertices closer than this are merged in demonstrations and exploration (0: never)
 
@@ -97,7 +98,7 @@ def tiny() -> TrainConfig:
     return TrainConfig(
         preset="tiny", task_ids=(0, 1), num_demos=1, max_steps=64, trust_world=True, policy=PolicyConfig.tiny(),
         clone=FitConfig(steps=60, batch_size=16, muon=True, **fast),
-        explore=ExploreConfig(episodes=2, held_out=1, retries=1),
+        explore=ExploreConfig(episodes=2, held_out=1, grasps=2, releases=1),
         world_model=WorldModelConfig(channels=(16, 32, 32), patch=4),
         simulate=FitConfig(steps=30, batch_size=8, muon=True, **fast),
         drift=FitConfig(steps=10, batch_size=8, muon=True, **fast), grasp=FitConfig(steps=20, batch_size=8, **fast),
@@ -158,6 +159,8 @@ def parse(arguments: list[str]) -> TrainConfig:
     if not (0 < config.explore.held_out < config.explore.episodes and config.evaluate.episodes > 0):
         raise UserError("--explore.held_out, episodes of a task for tests alone, must be above 0 and below "
                         "--explore.episodes, and --evaluate.episodes above 0")
+    if config.explore.episodes + config.explore.grasps > 1000:
+        raise UserError("--explore.episodes and --explore.grasps number a task's placements from 0 to 999: lower them")
     if config.max_steps < config.policy.chunk_size and config.max_steps:
         raise UserError(f"--max_steps must be 0 (the suite's limit) or at least a chunk, {config.policy.chunk_size}")
     return config

@@ -26,18 +26,26 @@ from ppo import rollout
 from runs import read_log, step_generator
 
 
-def second_tries(episodes, config) -> list[LiberoContext]:
-    """The training episodes again, from one to three chunks before their fingers first closed, and before they opened
-    again, to three chunks after: these moments decide an episode, and take a fraction of its time."""
-    contexts, L, retries = [], config.policy.chunk_size, config.explore.retries
-    for number, episode in enumerate(episodes):
+def short_tries(episodes, config) -> list[LiberoContext]:
+    """More of what decides an episode, for a fraction of its time: grasps and releases.
+
+    Grasps: new placements, cut off three chunks after the fingers first close in the task's median episode. Releases: the
+    training episodes again, from one to three chunks before their fingers first opened again to three chunks after.
+    """
+    contexts, L, moments = [], config.policy.chunk_size, [finger_moments(episode.states) for episode in episodes]
+    for task in config.task_ids:
+        last = max((episode.seed for episode in episodes if episode.task_id == task), default=0)
+        closed = sorted(found["contact"][0] for episode, found in zip(episodes, moments)
+                        if episode.task_id == task and found["contact"])
+        contexts += [LiberoContext(task, last + number, max_steps=(closed[len(closed) // 2] + 3) * L)
+                     for number in range(1, 1 + config.explore.grasps) if closed]
+    for number, (episode, found) in enumerate(zip(episodes, moments)):
         if episode.seed % 1000 < config.explore.held_out:
             continue
-        for kind, moments in enumerate(finger_moments(episode.states).values()):
-            for moment, take in product(moments[:1], range(1, 1 + retries)):
-                start = max(0, moment - 1 - (number + take) % 3)
-                contexts.append(LiberoContext(episode.task_id, episode.seed, history=episode.until(start),
-                                              take=take + kind * retries, max_steps=(moment + 3 - start) * L))
+        for moment, take in product(found["release"][:1], range(1, 1 + config.explore.releases)):
+            start = max(0, moment - 1 - (number + take) % 3)
+            contexts.append(LiberoContext(episode.task_id, episode.seed, history=episode.until(start), take=take,
+                                          max_steps=(moment + 3 - start) * L))
     return contexts
 
 

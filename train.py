@@ -37,7 +37,7 @@ from intervals import proportion, summarize
 from libero_env import LiberoContext, LiberoVectorEnv, load_suite, step_limit
 from openvla import load_policy, pretrained_policy
 from openvla_memory import check_training
-from playing import control_steps, play, read_lines, second_tries
+from playing import control_steps, play, read_lines, short_tries
 from policy import Policy, anchor_loss, clone_loss
 from ppo import add_lora, improve, make_optimizer, merge_lora
 from reflector import Reflector, calibrate, reflector_loss
@@ -167,7 +167,7 @@ def fit_clone(name, policy, episodes, config, run, folder, device):
 def explore(config, run, folder, device):
     """The cloned policy acts in the true simulator with a ~ Laplace(loc, b * temperature); everything is kept.
 
-    Then episodes are taken up again shortly before their first grasp and their first release, which decide them.
+    Then more grasps and releases, which decide an episode, without the rest of it.
     """
     policy, first = first_policy(config, run, device), 100_000 * (config.seed + 1)
     if config.refresh:  # its episodes are kept; the new ones open another thousand
@@ -182,8 +182,8 @@ def explore(config, run, folder, device):
                           config.max_steps, linger=config.explore.linger, mesh_cell=config.explore.mesh_cell, device=device)
     try:
         lines = play(policy, env, contexts, folder, "explore", config.seed, temperatures)
-        retries = second_tries([Episode.load(folder / line["file"]) for line in lines], config)
-        play(policy, env, retries, folder, "retry", config.seed, [heat[context.take % len(heat)] for context in retries])
+        tries = short_tries([Episode.load(folder / line["file"]) for line in lines], config)
+        play(policy, env, tries, folder, "try", config.seed, [heat[(x.seed + x.take) % len(heat)] for x in tries])
     finally:
         env.close()
     print(f"explore: {sum(line['oracle_stop'] for line in lines)} of {len(lines)} episodes succeeded")

@@ -29,6 +29,12 @@ def test_nothing_to_test_on_is_one_clear_line(flags):
         config.parse([flags])
 
 
+def test_a_task_has_a_thousand_placements_of_its_own_for_exploration():
+    assert config.parse(["--explore.episodes", "968"]).explore.grasps == 32
+    with pytest.raises(UserError, match="--explore.grasps.*lower"):
+        config.parse(["--explore.episodes", "969"])
+
+
 def test_the_medium_preset_goes_on_from_what_the_small_one_has_explored():
     small, medium = config.parse([]), config.parse(["--preset", "medium"])
     same = [config.stage_settings(small, name) == config.stage_settings(medium, name) for name in config.STAGES]

@@ -20,8 +20,8 @@ import train
 from episodes import Episode
 from intervals import wilson_interval
 from openvla_tiny import write_checkpoint
-from config import StartConfig, TrainConfig, parse
-from playing import second_tries
+from config import ExploreConfig, StartConfig, TrainConfig, parse
+from playing import short_tries
 from runs import UserError, clear_errors
 from vlm_tiny import tiny_encoder, tiny_vae, tiny_vlm
 
@@ -209,19 +209,20 @@ def explored_episode(**fields):
     return Episode(**values | fields)
 
 
-def test_training_episodes_are_taken_up_again_just_before_they_grasp_and_let_go():
+def test_more_grasps_end_after_the_fingers_closed_and_training_episodes_are_taken_up_again_before_they_let_go():
     never, held_out, let_go = np.zeros((9, 8), np.float32), 100_002, explored_episode(seed=100_010)
     never[:, 6] = 0.08
     let_go.states[7:, 6] = 0.08
     episodes = [explored_episode(), explored_episode(states=never), explored_episode(seed=held_out), let_go]
-    contexts = second_tries(episodes, TrainConfig())
-    expected = [(100_009, 1, 5), (100_009, 2, 5), (100_010, 1, 5), (100_010, 2, 5), (100_010, 3, 7), (100_010, 4, 7)]
-    assert [(context.seed, context.take) for context in contexts] == [row[:2] for row in expected]
-    for context, (_, _, moment) in zip(contexts, expected):
-        start = len(context.history.actions) // 8
-        assert len(context.history.images) == start + 1
-        assert moment - 3 <= start <= moment - 1 and start * 8 + context.max_steps == 8 * (moment + 3)
-    assert len({len(context.history.actions) for context in contexts[:2]}) == 2
+    contexts = short_tries(episodes, TrainConfig(task_ids=(3, 4), explore=ExploreConfig(grasps=2)))  # no episode of task 4
+    grasps, releases = contexts[:2], contexts[2:]
+    assert [(context.seed, context.task_id, context.max_steps) for context in grasps] == [(100_011, 3, 64), (100_012, 3, 64)]
+    assert not any(context.history for context in grasps)
+    assert [(context.seed, context.take) for context in releases] == [(100_010, 1), (100_010, 2)]
+    starts = [len(context.history.actions) // 8 for context in releases]
+    assert [len(context.history.images) for context in releases] == [start + 1 for start in starts]
+    assert all(4 <= start <= 6 and start * 8 + context.max_steps == 80 for start, context in zip(starts, releases))
+    assert starts[0] != starts[1]
 
 
 @pytest.mark.parametrize("settings, temperature, where", [
@@ -254,7 +255,7 @@ def test_every_stage_runs_on_pretrained_models(finished, tmp_path):
          "--policy.gradient_checkpointing", "--world_model.vae", tiny_vae(tmp_path / "vae"), "--world_model.patch", 1,
          "--world_model.encoders", tiny_encoder(tmp_path / "dino", "dinov2"), "--reflector.backbone",
          tiny_vlm(tmp_path / "vlm", "llava"), "--simulate.steps", 2, "--drift.steps", 2, "--reflect.steps", 2,
-         "--explore.episodes", 2, "--explore.retries", 0, "--trust_world", "--evaluate.videos", 0, "--output_dir", folder)
+         "--explore.episodes", 2, "--explore.grasps", 0, "--explore.releases", 0, "--trust_world", "--evaluate.videos", 0, "--output_dir", folder)
     start, end = (load_file(folder / stage / "model.safetensors") for stage in ("clone", "imagine"))
     assert all(name.startswith("scale_head.") for name in start) and any(name.endswith("q_proj.b") for name in end)
     assert json.loads((folder / "results.json").read_text())["imagined"]["post_trained"]["episodes"] == 2
