@@ -51,7 +51,7 @@ class CheckConfig:
 
     The policy that truly succeeded most often is kept: that before RL is among them. A tie goes to the earlier one.
     """
-    every: int = 20  # RL iterations between two looks; 0: none, the last policy is kept
+    every: int = 10  # RL iterations between two looks; 0: none, the last policy is kept
     episodes: int = 5  # episodes a task
 
 
@@ -80,14 +80,14 @@ class TrainConfig:
     clone: FitConfig = field(default_factory=lambda: FitConfig(steps=1600, batch_size=32, lr=1e-3, muon=True))
     explore: ExploreConfig = field(default_factory=ExploreConfig)
     world_model: WorldModelConfig = field(default_factory=lambda: WorldModelConfig(channels=(32, 64, 96)))
-    simulate: FitConfig = field(default_factory=lambda: FitConfig(steps=1300, batch_size=16, lr=1e-3, muon=True))
-    drift: FitConfig = field(default_factory=lambda: FitConfig(steps=500, batch_size=16, lr=5e-4, muon=True))
+    simulate: FitConfig = field(default_factory=lambda: FitConfig(steps=700, batch_size=16, lr=1e-3, muon=True))
+    drift: FitConfig = field(default_factory=lambda: FitConfig(steps=300, batch_size=16, lr=5e-4, muon=True))
     grasp: FitConfig = field(default_factory=lambda: FitConfig(steps=500, batch_size=64, lr=1e-3, weight_decay=0.05))
     reflector: ReflectorConfig = field(default_factory=ReflectorConfig)
     reflect: FitConfig = field(default_factory=lambda: FitConfig(steps=600, batch_size=32, lr=1e-3, weight_decay=0.1))
     virtual: VirtualEnvConfig = field(default_factory=VirtualEnvConfig)
     start: StartConfig = field(default_factory=StartConfig)
-    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(iterations=40))
+    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(iterations=20))
     check: CheckConfig = field(default_factory=CheckConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
@@ -115,7 +115,7 @@ def medium() -> TrainConfig:
         simulate=FitConfig(steps=2000, batch_size=64, lr=8e-4), drift=FitConfig(steps=700, batch_size=64, lr=4e-4),
         grasp=FitConfig(steps=500, batch_size=128, lr=1e-3, weight_decay=0.05),
         reflect=FitConfig(steps=600, batch_size=64, lr=1e-3, weight_decay=0.1),
-        ppo=PPOConfig(iterations=40, groups=32, microbatch=512))
+        ppo=PPOConfig(iterations=40, groups=32, microbatch=512), check=CheckConfig(every=20))
 
 
 def large() -> TrainConfig:
