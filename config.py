@@ -41,7 +41,7 @@ class StartConfig:
     midway: float = 0.1  # fraction that starts at any later frame in which the task is not done
     hottest: float = 2.0  # only episodes explored at most at this temperature: in hotter ones the hand is often lost
     demonstrations: bool = True  # start in demonstrations, too, whose states the policy itself seldom comes to
-    luck: float = 1.0  # 1: the fingers take a quantile of what may happen, drawn for each start; 0: the median
+    luck: float = 1.0  # 1: fingers and lift take a quantile of what may happen, drawn for each start; 0: the median
     focus: float = 1.0  # a task's share of the starts grows with its failures in exploration, to this power; 0: all alike
 
 

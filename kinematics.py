@@ -155,9 +155,9 @@ def quantile(logits: Tensor, uniform: Tensor) -> Tensor:
 
 
 def in_contact(pose: Tensor, logits: Tensor, uniform: Tensor) -> Tensor:
-    """The free hand's pose (B, 8) and logits (B, 2, BINS) -> the state (B, 8): its fingers, evenly apart, drawn by
-    uniform (B,), and its median lift."""
+    """The free hand's pose (B, 8) and logits (B, 2, BINS) -> the state (B, 8): its fingers, evenly apart, and its lift, both
+    drawn by uniform (B,). The less luck, the less they hold and the higher on the object the hand is stopped."""
     apart = MAX_OPENING * quantile(logits[:, 0], uniform).square()
-    lift = LOWEST + LIFTS * quantile(logits[:, 1], torch.full_like(uniform, 0.5))
+    lift = LOWEST + LIFTS * quantile(logits[:, 1], 1 - uniform)
     lift = torch.where(lift.abs() > LIFTS / BINS / 2, lift, 0.0)  # within the middle bin: none
     return torch.cat([pose[:, :2], (pose[:, 2] + lift)[:, None], pose[:, 3:6], torch.stack([apart, -apart], 1) / 2], dim=1)

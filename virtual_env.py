@@ -65,7 +65,7 @@ class VirtualEnv(gym.vector.VectorEnv):
         self.previous_actions = torch.zeros(num_envs, L, 7, device=self.device)
         self.begin, self.time = torch.zeros(2, num_envs, dtype=torch.long, device=self.device)  # first imagined, last frame
         self.alive = torch.zeros(num_envs, dtype=torch.bool, device=self.device)
-        self.luck = torch.zeros(num_envs, device=self.device)  # which quantile of their opening the fingers take
+        self.luck = torch.zeros(num_envs, device=self.device)  # quantile of the fingers' opening; 1 - luck: of the lift
         self.task, self.instruction = torch.zeros(num_envs, dtype=torch.long, device=self.device), [""] * num_envs
         self.generator = torch.Generator()  # on the CPU: the same noise on every device
         self.reset_noise(0)
