@@ -28,6 +28,7 @@ class ExploreConfig:
     temperatures: tuple[float, ...] = (1.0, 2.0, 4.0)  # taken in turn, they multiply the cloned policy's Laplace scale b
     grasps: int = 32  # more placements a task, of which only the first grasp is played
     releases: int = 2  # times that a training episode is taken up again shortly before its fingers first opened again
+    persistence: float = 0.8  # of the noise in these two, one draw a chunk as in RL (`PPOConfig`): it makes near misses
     linger: int = 3  # chunks to go on after the goal is reached, so that there are frames of a task that is done
     mesh_cell: float = 0.006  # m; vertices closer than this are merged in demonstrations and exploration (0: never)
 

@@ -49,10 +49,11 @@ def short_tries(episodes, config) -> list[LiberoContext]:
     return contexts
 
 
-def play(policy, env: LiberoVectorEnv, contexts, folder, source, seed, temperatures=None) -> list[dict]:
+def play(policy, env: LiberoVectorEnv, contexts, folder, source, seed, temperatures=None, **noise) -> list[dict]:
     """Play every context once in the true simulator; one `.npz` and one line of `episodes.jsonl` an episode, as it ends.
 
-    temperatures: one for each context, multiplying the policy's scale b; None plays greedily.
+    temperatures: one for each context, multiplying the policy's scale b; None plays greedily. noise: `rollout`'s
+    chunk_noise and persistence; without them, a draw of its own for every control step.
 
     Finished episodes are kept and not played again. Each process plays at its own pace, whole tasks where it can, because a
     simulator takes seconds to build. The policy sees every episode alone (a batch would change the last bits) and its noise
@@ -76,8 +77,8 @@ def play(policy, env: LiberoVectorEnv, contexts, folder, source, seed, temperatu
                 todo.remove(episode)
                 playing[slot] = context.task_id
             start = time.time()
-            noise = step_generator(seed, 100_000_000 * (context.take + 100 * context.task_id) + context.seed)
-            played = rollout(policy, slot, [context], temperatures is None, heat, noise)
+            generator = step_generator(seed, 100_000_000 * (context.take + 100 * context.task_id) + context.seed)
+            played = rollout(policy, slot, [context], temperatures is None, heat, generator, **noise)
             line = save_episode(played, folder / file, context, source, slot, heat if temperatures else 0.0)
             with lock, open(path, "a") as log:
                 line["seconds"] = round((time.time() - start) / env.num_envs / world_size(), 3)  # its share of the wall time

@@ -167,23 +167,23 @@ def fit_clone(name, policy, episodes, config, run, folder, device):
 def explore(config, run, folder, device):
     """The cloned policy acts in the true simulator with a ~ Laplace(loc, b * temperature); everything is kept.
 
-    Then more grasps and releases, which decide an episode, without the rest of it.
+    Then more grasps and releases, which decide an episode, without the rest of it; RL's noise makes near misses of them.
     """
-    policy, first = first_policy(config, run, device), 100_000 * (config.seed + 1)
+    policy, first, heat = first_policy(config, run, device), 100_000 * (config.seed + 1), config.explore.temperatures
     if config.refresh:  # its episodes are kept; the new ones open another thousand
         if not gather((folder / "episodes.jsonl").exists())[0]:  # rank 0 decides: it copies
             keep("explore", config, folder)
         before = read_lines(Path(config.refresh) / "explore" / "episodes.jsonl")
         first = 1000 * (1 + max(line["seed"] for line in before.values()) // 1000)
     contexts = [LiberoContext(task, first + number) for task in config.task_ids for number in range(config.explore.episodes)]
-    heat = config.explore.temperatures
-    temperatures = [heat[number % len(heat)] for _ in config.task_ids for number in range(config.explore.episodes)]
     env = LiberoVectorEnv(config.task, config.num_procs, config.policy.image_size, config.policy.chunk_size,
                           config.max_steps, linger=config.explore.linger, mesh_cell=config.explore.mesh_cell, device=device)
     try:
-        lines = play(policy, env, contexts, folder, "explore", config.seed, temperatures)
+        heats = [heat[x.seed % 1000 % len(heat)] for x in contexts]
+        lines = play(policy, env, contexts, folder, "explore", config.seed, heats)
         tries = short_tries([Episode.load(folder / line["file"]) for line in lines], config)
-        play(policy, env, tries, folder, "try", config.seed, [heat[(x.seed + x.take) % len(heat)] for x in tries])
+        heats = [heat[(x.seed + x.take) % len(heat)] for x in tries]
+        play(policy, env, tries, folder, "try", config.seed, heats, chunk_noise=True, persistence=config.explore.persistence)
     finally:
         env.close()
     print(f"explore: {sum(line['oracle_stop'] for line in lines)} of {len(lines)} episodes succeeded")

@@ -57,8 +57,8 @@ class Noisy(torch.nn.Module):
         return actions
 
 
-def played(folder, env, contexts=CONTEXTS, seed=0):
-    lines = play(Noisy(), env, contexts, folder, "test", seed, [1.0] * len(contexts))
+def played(folder, env, contexts=CONTEXTS, seed=0, **noise):
+    lines = play(Noisy(), env, contexts, folder, "test", seed, [1.0] * len(contexts), **noise)
     return [(line["file"], torch.from_numpy(read(folder / line["file"]))) for line in lines]
 
 
@@ -74,6 +74,12 @@ def test_an_episode_is_the_same_whatever_the_number_of_processes(tmp_path):
     one, three, other = (played(tmp_path / str(n), Env(n), seed=seed) for n, seed in ((1, 0), (3, 0), (2, 1)))
     assert same(one, three) and not same(one, other)
     assert len({tuple(actions.flatten().tolist()) for _, actions in one}) == 9, "two episodes shared their noise"
+
+
+def test_noise_by_chunk_moves_all_steps_of_a_chunk_alike(tmp_path):
+    for name, noise, alike in (("step", {}, False), ("chunk", {"chunk_noise": True, "persistence": 0.8}, True)):
+        (_, actions), = played(tmp_path / name, Env(1), CONTEXTS[:1], **noise)  # (6, 7), chunks of 2
+        assert torch.equal(actions[::2], actions[1::2]) == alike
 
 
 def test_a_process_stays_with_a_task_as_long_as_it_can(tmp_path):
