@@ -59,7 +59,8 @@ class PPOConfig:
     lora_rank: int = 0  # 0 trains the whole backbone; above, only low-rank changes of its matrices (the paper's 32)
     train_scale: bool = True  # train the scale head too, as the paper does; else exploration stays as it is
     anchor: float = 8.0  # weight of the cloning loss on demonstrations, added to PPO's; the paper's 0
-    anchor_batch: int = 64  # control steps of the demonstrations in that loss
+    hold: float = 8.0  # weight of the distance to the policy before RL, on chunks played without noise; the paper's 0
+    anchor_batch: int = 64  # control steps of the demonstrations, and chunks to hold, in an optimiser step
     max_grad_norm: float = 1.0  # gradient norm above which gradients are scaled down
     temperature: float = 1.5  # multiplies the Laplace scale b, in sampling and in scoring alike
     chunk_noise: bool = True  # one draw for all steps of a chunk: 7 dimensions to explore, not 56 (the paper's)
@@ -262,27 +263,51 @@ def minibatches(count, config, generator):
     return [step.split(config.microbatch) for step in shuffled.tensor_split(steps)]
 
 
-def update(policy, optimizer, played, advantage, config, generator, anchor=None):
+def choose(policy, played, row, time):
+    """The policy's distribution at chunks (n,) of a `Rollout`."""
+    return policy({"images": played.images[row, time], "state": played.states[row, time],
+                   "instruction": [played.instruction[i] for i in row.tolist()]})
+
+
+def hold_loss(policy, reference, played, config, generator):
+    """L1 between the means of `policy` and `reference`, on `anchor_batch` of the chunks that were played without noise.
+
+    Yields parts that add up: of all processes' chunks, those that this one has played.
+    """
+    row, time = (played.valid & ~played.explored).nonzero(as_tuple=True)
+    ours, count = own_chunks(row)
+    picks = torch.randint(max(1, count), (config.anchor_batch,), generator=generator)
+    for index in ours(picks).split(config.microbatch) if len(row) else ():
+        with torch.no_grad():
+            before = choose(reference, played, row[index], time[index]).loc
+        after = choose(policy, played, row[index], time[index]).loc
+        yield (after - before).abs().mean() * (len(index) / len(picks))
+
+
+def own_chunks(row):
+    """(function, count): all processes have `count` chunks, of which `row` lists ours; the function takes an index into all
+    of them to one into ours, and leaves the others out."""
+    counts = gather(len(row))
+    first = sum(counts[:rank()])
+    return lambda index: index[(first <= index) & (index < first + len(row))] - first, sum(counts)
+
+
+def update(policy, optimizer, played, advantage, config, generator, anchor=None, reference=None):
     """PPO on the explored chunks of one `Rollout`, with its advantages (B,); returns metrics averaged over all minibatches.
 
     `generator` (CPU) shuffles. `anchor(policy, generator)` yields parts of a supervised loss, whose sum, times
-    `config.anchor`, joins that of every optimiser step. The policy stays in eval mode, in which it was sampled. Several
-    processes share every minibatch: each scores those of its chunks that it has played itself.
+    `config.anchor`, joins that of every optimiser step; so does `hold_loss`, where a `reference` policy is given. The
+    policy stays in eval mode, in which it was sampled. Several processes share every minibatch: each scores those of its
+    chunks that it has played itself.
     """
     policy.eval()
     row, time = played.explored.nonzero(as_tuple=True)                      # (N,), (N,)
     advantage = advantage.to(played.log_prob.device)
-    counts = gather(len(row))
-    first, count = sum(counts[:rank()]), sum(counts)  # ours are chunks first ... first + len(row) - 1 of `count`
-
-    def ours(index):
-        return index[(first <= index) & (index < first + len(row))] - first
+    ours, count = own_chunks(row)
 
     def score(index):
         b, t = row[index], time[index]
-        distribution = policy({"images": played.images[b, t], "state": played.states[b, t],
-                               "instruction": [played.instruction[i] for i in b.tolist()]})
-        distribution = replace(distribution, by_chunk=config.chunk_noise).tempered(config.temperature)
+        distribution = replace(choose(policy, played, b, t), by_chunk=config.chunk_noise).tempered(config.temperature)
         return distribution.log_prob(played.actions[b, t]), distribution.entropy()  # (n, L), (n, L)
 
     epochs = [minibatches(count, config, generator) for _ in range(config.epochs)]
@@ -308,10 +333,13 @@ def update(policy, optimizer, played, advantage, config, generator, anchor=None)
             for name, value in {**parts, "entropy": entropy.detach().mean()}.items():
                 share = len(index) / (count * config.epochs)
                 metrics[name] = metrics.get(name, 0.0) + float(value) * share
-        for part in anchor(policy, generator) if anchor and config.anchor else ():
-            (config.anchor * part).backward()
-            share = 1 / (len(epochs[0]) * config.epochs)
-            metrics["anchor_loss"] = metrics.get("anchor_loss", 0.0) + share * float(part.detach())
+        for name, parts in {"anchor": anchor(policy, generator) if anchor and config.anchor else (),
+                            "hold": hold_loss(policy, reference, played, config, generator)
+                            if reference and config.hold else ()}.items():
+            for part in parts:
+                (getattr(config, name) * part).backward()
+                share = 1 / (len(epochs[0]) * config.epochs)
+                metrics[f"{name}_loss"] = metrics.get(f"{name}_loss", 0.0) + share * float(part.detach())
         clip_and_step(optimizer, config)
     everyone = gather(metrics)
     ratio_first = next(value for value in gather(ratio_first) if value is not None)  # of one that shared the first step
@@ -334,7 +362,7 @@ def clip_and_step(optimizer, config):
 # ------------------------------------------------------------------------------------------------------------
 # One iteration
 # ------------------------------------------------------------------------------------------------------------
-def improve(policy, optimizer, env, draw_contexts, config, generator, anchor=None):
+def improve(policy, optimizer, env, draw_contexts, config, generator, anchor=None, reference=None):
     """One iteration of Algorithm 1; returns its metrics.
 
     draw_contexts(count, generator): a list of start contexts. generator: on the CPU and seeded by (seed,
@@ -349,7 +377,7 @@ def improve(policy, optimizer, env, draw_contexts, config, generator, anchor=Non
                      persistence=config.persistence, explore_chunks=config.explore_chunks)
     reward = played.reward.view(-1, config.group_size)                      # (G, K)
     advantage = rloo_advantage(reward)                                      # (G, K)
-    metrics = update(policy, optimizer, played, advantage.flatten(), config, generator, anchor)
+    metrics = update(policy, optimizer, played, advantage.flatten(), config, generator, anchor, reference)
     outcome = [value.cpu() for value in (reward, advantage, played.terminated, played.valid.sum(1))]
     reward, advantage, terminated, lasted = (torch.cat(values) for values in zip(*gather(outcome)))  # of everyone
     return metrics | {

@@ -15,6 +15,8 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from contextlib import closing
+from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -178,14 +180,12 @@ def explore(config, run, folder, device):
     contexts = [LiberoContext(task, first + number) for task in config.task_ids for number in range(config.explore.episodes)]
     env = LiberoVectorEnv(config.task, config.num_procs, config.policy.image_size, config.policy.chunk_size,
                           config.max_steps, linger=config.explore.linger, mesh_cell=config.explore.mesh_cell, device=device)
-    try:
+    with closing(env):
         heats = [heat[x.seed % 1000 % len(heat)] for x in contexts]
         lines = play(policy, env, contexts, folder, "explore", config.seed, heats)
         tries = short_tries([Episode.load(folder / line["file"]) for line in lines], config)
         heats = [heat[(x.seed + x.take) % len(heat)] for x in tries]
         play(policy, env, tries, folder, "try", config.seed, heats, chunk_noise=True, persistence=config.explore.persistence)
-    finally:
-        env.close()
     print(f"explore: {sum(line['oracle_stop'] for line in lines)} of {len(lines)} episodes succeeded")
 
 
@@ -300,6 +300,8 @@ def imagine(config, run, folder, device):
     if config.policy.backbone:
         check_training(policy, config.ppo.microbatch, config.ppo.lora_rank, device, "--ppo.microbatch")
     optimizer = make_optimizer(policy, config.ppo)
+    frozen_parts = {id(p): p for p in policy.parameters() if not p.requires_grad}  # of LoRA: not copied
+    reference = deepcopy(policy, frozen_parts).eval()
     first = load_resume(folder, policy, optimizer)
 
     def look(iteration):
@@ -309,20 +311,19 @@ def imagine(config, run, folder, device):
     env, draw = virtual_world(config, run, device) if config.rl_env == "virtual" else true_world(config, device)
     data = CloneData(demonstrations(run), policy.normalizer, config.policy.chunk_size, device)
     anchor = partial(anchor_loss, data=data, size=config.ppo.anchor_batch, microbatch=config.ppo.microbatch)
-    try:
+    with closing(env):
         if config.check.every and not first:
             look(0)
         for iteration in tqdm(range(first, config.ppo.iterations), initial=first, total=config.ppo.iterations,
                               desc="imagine", unit="iteration"):
             if config.rl_env == "virtual":
                 env.reset_noise(iteration)
-            metrics = improve(policy, optimizer, env, draw, config.ppo, step_generator(config.seed, iteration), anchor)
+            metrics = improve(policy, optimizer, env, draw, config.ppo, step_generator(config.seed, iteration), anchor,
+                              reference)
             run.log("imagine", iteration + 1, metrics)
             if config.check.every and ((iteration + 1) % config.check.every == 0 or iteration + 1 == config.ppo.iterations):
                 look(iteration + 1)
             save_resume(folder, iteration + 1, policy, optimizer)
-    finally:
-        env.close()
     barrier()
     looks = {step: record["true_success"] for (stage, step), record in read_log(run.folder / "log.jsonl").items()
              if stage == "check" and (folder / f"check_{step:04d}" / "resume.safetensors").exists()}
@@ -338,11 +339,8 @@ def imagine(config, run, folder, device):
 def check(config, run, policy, folder, device) -> dict:
     """Success of the greedy policy in the true simulator, and in imagination from the same first frames."""
     contexts = [LiberoContext(task, CHECK_SEED + n) for task in config.task_ids for n in range(config.check.episodes)]
-    env, _ = true_world(config, device)
-    try:
+    with closing(true_world(config, device)[0]) as env:
         lines = play(policy, env, contexts, folder, "check", config.seed)
-    finally:
-        env.close()
     starts = ChunkData(load_episodes(folder), config.policy.chunk_size, device).first_starts()
     horizon = env.max_steps // env.chunk_size
     imagined = imagined_success(policy, *load_world(config, run, device), starts, horizon, config.virtual)

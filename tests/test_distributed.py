@@ -75,14 +75,14 @@ def train_all(folder, accumulate=1):
           lambda _, batch, generator, rows: grasp_loss(world, batch, generator, rows))
     learn("reflect", reflector, lambda step, generator: data.frame_batch(7, generator), reflector_loss)
 
-    ppo = PPOConfig(groups=3, group_size=3, minibatch=5, microbatch=3, warmup=1, epochs=2)
+    ppo = PPOConfig(groups=3, group_size=3, minibatch=5, microbatch=3, warmup=1, epochs=2, explore_chunks=2, anchor_batch=7)
     torch.manual_seed(1)  # as every stage does before it draws a network
     mine, dream, policy = distributed.shard(range(3)), WorldModel(WORLD, CAMERAS, NORMALIZER), Policy(POLICY, NORMALIZER)
     before, start = vector(policy), copy.deepcopy(policy)
     env = VirtualEnv(dream, Bright(), VirtualEnvConfig(horizon=3, stop=StopRule(0.8, 1)), len(mine) * 3, 3, mine[0] * 3, 9)
     log["imagine"] = improve(policy, torch.optim.SGD(policy.parameters(), 3e-4), env, lambda count, generator: data.starts(
         [data.index[i] for i in torch.randint(len(data.index), (count,), generator=generator)]), ppo, step_generator(0, 0),
-                             partial(anchor_loss, data=clone_data, size=7, microbatch=3))
+                             partial(anchor_loss, data=clone_data, size=7, microbatch=3), Policy(POLICY, NORMALIZER))
     weights["imagine"] = vector(policy) - before
 
     log["episodes"] = [name for name, _ in played(folder / "explore", Env(2), CONTEXTS[:7])]

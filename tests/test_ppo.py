@@ -10,8 +10,8 @@ from torch import nn
 
 from episodes import Normalizer
 from policy import ActionDistribution, Policy, PolicyConfig
-from ppo import (PPOConfig, add_lora, clip_and_step, improve, make_optimizer, merge_lora, minibatches, ppo_loss, rloo_advantage,
-                 rollout, update)
+from ppo import (PPOConfig, add_lora, choose, clip_and_step, improve, make_optimizer, merge_lora, minibatches, ppo_loss,
+                 rloo_advantage, rollout, update)
 from runs import UserError, load_resume, save_resume, step_generator
 
 torch.set_num_threads(1)
@@ -122,12 +122,12 @@ def buffer(policy, count=24, temperature=0.7, chunk_noise=False):
     return played, torch.randn(count, generator=step_generator(3, 0))
 
 
-def updated(start, played, advantage, supervised=None, **config):
+def updated(start, played, advantage, supervised=None, reference=None, **config):
     """The policy after one `update` by plain gradient descent (Adam would hide the gradient's length)."""
     policy = copy.deepcopy(start)
     metrics = update(policy, torch.optim.SGD(policy.parameters(), 0.1), played, advantage,
                      PPOConfig(**{"max_grad_norm": 1e9, "warmup": 1, "chunk_noise": False, "minibatch": 256, "temperature": 1.0} | config),
-                     step_generator(4, 0), supervised)
+                     step_generator(4, 0), supervised, reference)
     return nn.utils.parameters_to_vector(policy.parameters()).detach(), metrics
 
 
@@ -430,6 +430,30 @@ def test_the_anchor_is_added_to_every_step_with_its_weight():
     assert metrics["anchor_loss"] == pytest.approx(float(before.square().sum() / 2), rel=1e-4)
     after, metrics = updated(start, played, 0 * advantage, pull, anchor=0.0, minibatch=0)
     assert torch.equal(after, before) and "anchor_loss" not in metrics
+
+
+def test_what_was_played_without_noise_is_held_to_the_reference():
+    def apart(policy, chunks):
+        row, time = chunks.nonzero(as_tuple=True)
+        return (choose(policy, played, row, time).loc - choose(reference, played, row, time).loc).abs().mean()
+
+    start, reference, (played, _) = toy(), toy(1), played_with(explore_chunks=2)
+    none, held = torch.zeros(400), played.valid & ~played.explored
+    played.states[:, 2:] += 5.0  # seen without noise alone
+    after, metrics = updated(start, played, none, reference=reference, hold=2.0, minibatch=0, anchor_batch=4000)
+    gradient = torch.autograd.grad(2 * apart(start, held), list(start.parameters()), allow_unused=True)
+    change = after - nn.utils.parameters_to_vector(start.parameters()).detach()
+    change = change.split([p.numel() for p in start.parameters()])
+    for got, want in zip(change, gradient):  # a step down the gradient of all chunks, of which 4000 were drawn
+        if want is not None:
+            assert (got + 0.1 * want.flatten()).norm() < 0.2 * (0.1 * want).norm()
+    with torch.no_grad():
+        here, there = float(apart(start, held)), float(apart(start, played.explored))
+    assert metrics["hold_loss"] == pytest.approx(here, rel=0.05) and here != pytest.approx(there, rel=0.1)
+    same, metrics = updated(start, played, none, reference=reference, hold=0.0, minibatch=0)
+    assert torch.equal(same, nn.utils.parameters_to_vector(start.parameters())) and "hold_loss" not in metrics
+    everything = rollout(start, Reach(), draw_contexts(8, step_generator(0, 0)), generator=step_generator(1, 0))
+    assert "hold_loss" not in updated(start, everything, none[:8], reference=reference)[1]  # all was played with noise
 
 
 # ------------------------------------------------------------------------------------------------------------
