@@ -155,12 +155,12 @@ class WorldModel(nn.Module):
         return moved(state, self.pose_predictor(state_features(state, self.normalizer), previous_actions, actions))
 
     def grasp_logits(self, images: Tensor, state: Tensor, previous_actions: Tensor, actions: Tensor,
-                     task: Tensor) -> tuple[Tensor, Tensor]:
-        """`predict_pose`, and (B, 2, BINS) of the fingers' opening and of the lift; images (B, V, 3, H, W) in [-1, 1]."""
+                     task: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`predict_pose`; logits and places (B, 2, BINS) of fingers and lift. images (B, V, 3, H, W) in [-1, 1]"""
         next_pose = self.predict_pose(state, previous_actions, actions)
         cameras = self.cameras.of(task)
         seen = surroundings(images, state, next_pose, previous_actions, actions, cameras, self.normalizer)
-        return next_pose, self.grasp_predictor(*seen, opening(state))
+        return next_pose, *self.grasp_predictor(*seen, opening(state))
 
     @torch.no_grad()
     def predict_state(self, images: Tensor, state: Tensor, previous_actions: Tensor, actions: Tensor,
@@ -323,11 +323,16 @@ def world_model_loss(model: WorldModel, batch: dict, generator: torch.Generator,
 
 
 def grasp_loss(model: WorldModel, batch: dict, generator: torch.Generator, rows=slice(None)) -> tuple[Tensor, dict]:
-    """Cross-entropy of the fingers' opening and of the lift. batch: `ChunkData.grasp_batch`, true and imagined pictures."""
+    """Cross-entropy of the bins of the fingers' opening and of the lift, L1 of the places in them.
+
+    batch: `ChunkData.grasp_batch`, true and imagined pictures.
+    """
     images = noised(to_float(batch["images"]), model.config.memory_noise, generator)[rows]
     told = (batch[name][rows] for name in ("state", "previous_actions", "actions", "task"))
-    pose, logits = model.grasp_logits(images, *told)
-    target = contact_bins(pose, batch["next_state"][rows])  # (B, 2)
+    pose, logits, places = model.grasp_logits(images, *told)
+    target, place = contact_bins(pose, batch["next_state"][rows])  # (B, 2)
     fingers, lift = (F.cross_entropy(logits[:, i], target[:, i]) for i in range(2))
+    off = (places.gather(2, target[:, :, None])[:, :, 0] - place).abs().mean()
     right = (logits[:, 0].argmax(dim=1) == target[:, 0]).float().mean()
-    return fingers + lift, {"loss": fingers.item(), "loss_lift": lift.item(), "accuracy": right.item()}
+    metrics = {"loss": fingers, "loss_lift": lift, "place": off, "accuracy": right}
+    return fingers + lift + off, {name: value.item() for name, value in metrics.items()}

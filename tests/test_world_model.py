@@ -163,7 +163,7 @@ def test_the_opening_is_seen_and_learned_apart_from_the_pictures():
     assert "grasp_predictor" in learned and "unet" not in learned and 0 <= metrics["accuracy"] <= 1
     state, actions = START.expand(2, 8), torch.zeros(2, 4, 7)
     images = torch.rand(2, 2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    pose, logits = model.grasp_logits(images, state, actions, actions, torch.zeros(2, dtype=torch.long))
+    pose, logits, _ = model.grasp_logits(images, state, actions, actions, torch.zeros(2, dtype=torch.long))
     assert not (logits[0] - logits[1]).abs().amax(dim=1).min() < 1e-4, "what the fingers close on, and what lifts, is seen"
     assert torch.equal(pose, model.predict_pose(state, actions, actions))
 
