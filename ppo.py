@@ -277,7 +277,9 @@ def hold_loss(policy, reference, played, config, generator):
     row, time = (played.valid & ~played.explored).nonzero(as_tuple=True)
     ours, count = own_chunks(row)
     picks = torch.randint(max(1, count), (config.anchor_batch,), generator=generator)
-    for index in ours(picks).split(config.microbatch) if len(row) else ():
+    for index in ours(picks).split(config.microbatch):
+        if not len(index):  # none of them are ours
+            return
         with torch.no_grad():
             before = choose(reference, played, row[index], time[index]).loc
         after = choose(policy, played, row[index], time[index]).loc
@@ -343,7 +345,8 @@ def update(policy, optimizer, played, advantage, config, generator, anchor=None,
         clip_and_step(optimizer, config)
     everyone = gather(metrics)
     ratio_first = next(value for value in gather(ratio_first) if value is not None)  # of one that shared the first step
-    return {name: sum(part[name] for part in everyone) for name in metrics} | {"ratio_first": ratio_first}
+    names = dict.fromkeys(name for part in everyone for name in part)  # not every process had chunks to hold
+    return {name: sum(part.get(name, 0.0) for part in everyone) for name in names} | {"ratio_first": ratio_first}
 
 
 def clip_and_step(optimizer, config):

@@ -75,7 +75,8 @@ def train_all(folder, accumulate=1):
           lambda _, batch, generator, rows: grasp_loss(world, batch, generator, rows))
     learn("reflect", reflector, lambda step, generator: data.frame_batch(7, generator), reflector_loss)
 
-    ppo = PPOConfig(groups=3, group_size=3, minibatch=5, microbatch=3, warmup=1, epochs=2, explore_chunks=2, anchor_batch=7)
+    ppo = PPOConfig(groups=3, group_size=3, minibatch=5, microbatch=3, warmup=1, epochs=2, explore_chunks=2, anchor_batch=2,
+                    hold=0.1)  # towards another policy: at full weight ratios leave the band, on whose edge rounding tells
     torch.manual_seed(1)  # as every stage does before it draws a network
     mine, dream, policy = distributed.shard(range(3)), WorldModel(WORLD, CAMERAS, NORMALIZER), Policy(POLICY, NORMALIZER)
     before, start = vector(policy), copy.deepcopy(policy)
