@@ -33,7 +33,7 @@ from tqdm import tqdm
 import report
 from distributed import gather, shard
 from episodes import ChunkData, Episode, load_episodes
-from fidelity import frame_scores, imagine_episodes, measure
+from fidelity import frame_scores, hand_apart, imagine_episodes, measure
 from intervals import STOPS, over_seeds, summarize
 from libero_env import RENDER_SIZE, SETTLE_STEPS, LiberoContext, LiberoVectorEnv, initial_states, load_suite, step_limit
 from openvla import load_policy
@@ -162,14 +162,17 @@ def eval_info(rows, suite, stop, videos) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 # The imagined world
 # ---------------------------------------------------------------------------------------------------------------------
-def imagined_success(policy, world, reflector, starts, horizon, virtual) -> np.ndarray:
-    """(B,) bool: does the reflector stop the greedy, imagined rollout from each `StartContext` within `horizon` chunks?"""
-    mine, stopped = shard(range(len(starts))), np.zeros(0, bool)
+def imagine_policy(policy, world, reflector, starts, horizon, virtual) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The greedy policy in imagination from each `StartContext`: (B,) bool, does the reflector stop it within `horizon`
+    chunks? And where the robot went until then, B arrays (T+1, 8)."""
+    mine, stopped, states = shard(range(len(starts))), np.zeros(0, bool), []
     if mine:
         env = VirtualEnv(world, reflector, replace(virtual, horizon=horizon, shared_noise=False, seed=0), len(mine),
                          first=mine[0], total=len(starts))
-        stopped = rollout(policy, env, [starts[i] for i in mine], greedy=True).terminated.cpu().numpy()
-    return np.concatenate(gather(stopped))
+        played = rollout(policy, env, [starts[i] for i in mine], greedy=True)
+        stopped = played.terminated.cpu().numpy()
+        states = [path[:1 + count].cpu().numpy() for path, count in zip(played.states, played.valid.sum(1).tolist())]
+    return np.concatenate(gather(stopped)), sum(gather(states), [])
 
 
 def film(world, reflector, episode, path, title):
@@ -264,8 +267,10 @@ def measure_world(arguments, run, trained, suite, task_ids, policy, world, refle
     finally:
         env.close()
     library = load_episodes(run / "demonstrate" / "episodes") + load_episodes(run / "explore")
-    stopped = imagined_success(policy, world, reflector, data.starts(list(firsts.values())), virtual.horizon, virtual)
-    closed_loop = stopped, [line["oracle_stop"] for line in lines]
+    stopped, there = imagine_policy(policy, world, reflector, data.starts(list(firsts.values())), virtual.horizon, virtual)
+    went = [Episode.load(folder / "closed_loop" / line["file"]).chunks(sizes.chunk_size).states for line in lines]
+    apart = hand_apart([states[t:] for states, (_, t) in zip(went, firsts.values())], there)
+    closed_loop = stopped, [line["oracle_stop"] for line in lines], apart
     measured = measure(world, reflector, policy, test, library, virtual.stop, folder, closed_loop)
     write_json(folder / "fidelity.json", measured)
     report.fidelity_plots(folder / "fidelity.png", measured)

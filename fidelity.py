@@ -364,6 +364,16 @@ def check_trust(world: dict, reflector: dict, least_auroc=0.7, least_informed=0.
                         f"{false['count']} of {false['of']} failures are imagined to succeed: {remedy}")
 
 
+def hand_apart(true, imagined, chunks=(1, 3, 5, 10)) -> dict:
+    """Where a policy's hand is in either world: median distance in mm, so many chunks after the same start.
+
+    Pairs of states (T+1, 8). Chunks that no pair has lasted are left out.
+    """
+    apart = {n: [1000 * np.linalg.norm(a[n, :3] - b[n, :3]) for a, b in zip(true, imagined) if min(len(a), len(b)) > n]
+             for n in chunks}
+    return {f"hand_apart_mm_{n}": float(np.median(values)) for n, values in apart.items() if values}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # All of it
 # ---------------------------------------------------------------------------------------------------------------------
@@ -374,8 +384,8 @@ def measure(world, reflector, policy, test, library, rule, folder, closed_loop) 
     """Everything above on the episodes `test`, which nothing was trained on; pictures go to `folder`.
 
     library: the training episodes, for the nearest-episode rival and the probe. policy: its picture tokens are the
-    feature distance. rule: when the reflector stops. closed_loop: the policy's successes in imagination, and
-    true ones from the same starts.
+    feature distance. rule: when the reflector stops. closed_loop: the policy's successes in imagination,
+    true ones from the same starts, and `hand_apart`.
     """
     chunk_size = world.config.chunk_size
     imagined, scores = imagine_episodes(world, reflector, test)
@@ -384,7 +394,8 @@ def measure(world, reflector, policy, test, library, rule, folder, closed_loop) 
     result = {"episodes": len(test), "failures": sum(not episode.success.any() for episode in test),
               "outcome": {"imagined frames": outcome_agreement(scores, test, rule),
                           "true frames": outcome_agreement([values[1:] for values in true_scores], test, rule),
-                          "closed loop": agreement(*closed_loop)},
+                          "closed loop": agreement(*closed_loop[:2])},
+              "closed_loop": closed_loop[2],
               "reflector": {"true": reflector_quality(reflector, test, chunk_size, rule, true_scores),
                             "imagined": reflector_quality(reflector, imagined, chunk_size, rule, with_start)},
               "violations": violations(world, test, imagined),

@@ -151,7 +151,7 @@ def fidelity_report(measured: dict) -> str:
     rows = [[f"{name.replace('_', ' ')}, {world}", f"{cell['count']}/{cell['of']} = {_percent(cell['rate'])} "
              f"({cell['ci95'][0]:.0%} to {cell['ci95'][1]:.0%})"]
             for world, cells in measured["outcome"].items() for name, cell in cells.items()]
-    rows += [[name.replace("_", " "), _number(value)] for part in ("stability", "violations", "following")
+    rows += [[name.replace("_", " "), _number(value)] for part in ("closed_loop", "stability", "violations", "following")
              for name, value in measured[part].items()]
     return "\n\n".join([
         f"# The virtual environment on {measured['episodes']} test episodes, {measured['failures']} of them failures",

@@ -31,8 +31,8 @@ from config import STAGES, TrainConfig, parse, stage_settings
 from demonstrations import collect_demonstrations, read_demonstrations, suite_cameras
 from distributed import barrier, gather, rank, shard, world_size
 from episodes import ChunkData, CloneData, Episode, Normalizer, StartContext, joined, load_episodes
-from evaluate import evaluate_policies, film_some, imagined_success, load_model, load_policies, pick_device
-from fidelity import (check_trust, frame_logits, frame_scores, horizon_errors, imagine_episodes, imagined_copies,
+from evaluate import evaluate_policies, film_some, imagine_policy, load_model, load_policies, pick_device
+from fidelity import (check_trust, frame_logits, frame_scores, hand_apart, horizon_errors, imagine_episodes, imagined_copies,
                       outcome_agreement, reflector_quality)
 from geometry import Cameras
 from intervals import proportion, summarize
@@ -337,14 +337,16 @@ def imagine(config, run, folder, device):
 
 
 def check(config, run, policy, folder, device) -> dict:
-    """Success of the greedy policy in the true simulator, and in imagination from the same first frames."""
+    """Success of the greedy policy in the true simulator, and in imagination from the same first frames; and how far apart
+    its hand is in the two."""
     contexts = [LiberoContext(task, CHECK_SEED + n) for task in config.task_ids for n in range(config.check.episodes)]
     with closing(true_world(config, device)[0]) as env:
         lines = play(policy, env, contexts, folder, "check", config.seed)
-    starts = ChunkData(load_episodes(folder), config.policy.chunk_size, device).first_starts()
-    horizon = env.max_steps // env.chunk_size
-    imagined = imagined_success(policy, *load_world(config, run, device), starts, horizon, config.virtual)
-    return {"true_success": sum(line["oracle_stop"] for line in lines) / len(lines), "imagined_success": imagined.mean()}
+    data = ChunkData(load_episodes(folder), config.policy.chunk_size, device)
+    stopped, states = imagine_policy(policy, *load_world(config, run, device), data.first_starts(),
+                                     env.max_steps // env.chunk_size, config.virtual)
+    return {"true_success": sum(line["oracle_stop"] for line in lines) / len(lines), "imagined_success": stopped.mean(),
+            **hand_apart([track.states for track in data.tracks], states)}
 
 
 def virtual_world(config, run, device):
@@ -402,8 +404,8 @@ def evaluate(config, run, folder, device):
         starts = ChunkData(load_episodes(folder / "cloned"), sizes.chunk_size, device).first_starts()
         horizon = (config.max_steps or step_limit(config.task)) // sizes.chunk_size
         for name, policy in tqdm(policies.items(), desc="evaluate in imagination", unit="policy"):
-            imagined = imagined_success(policy, world, reflector, starts, horizon, config.virtual)
-            results["imagined"][name] = proportion(imagined)
+            stopped, _ = imagine_policy(policy, world, reflector, starts, horizon, config.virtual)
+            results["imagined"][name] = proportion(stopped)
     if rank():
         return
     (folder / "videos").mkdir(exist_ok=True)

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import distributed
 from episodes import ChunkData, CloneData, Episode
-from evaluate import imagined_success
+from evaluate import imagine_policy
 from policy import Policy, anchor_loss, clone_loss
 from ppo import PPOConfig, improve
 from reflector import Reflector, StopRule, reflector_loss
@@ -88,7 +88,8 @@ def train_all(folder, accumulate=1):
 
     log["episodes"] = [name for name, _ in played(folder / "explore", Env(2), CONTEXTS[:7])]
     starts = data.starts(data.index[:5])
-    log["stopped"] = imagined_success(start, dream, Bright(), starts, 3, VirtualEnvConfig(stop=StopRule(0.7, 1))).tolist()
+    stopped, states = imagine_policy(start, dream, Bright(), starts, 3, VirtualEnvConfig(stop=StopRule(0.7, 1)))
+    log["stopped"], log["lasted"] = stopped.tolist(), list(map(len, states))
     log["apart"] = max(float((other - weights[name]).abs().max()) for name in weights
                        for other in distributed.gather(weights[name]))
     return weights, log
@@ -131,7 +132,7 @@ def test_processes_stay_together_bit_for_bit(results):
 def test_uneven_episodes_are_shared_out_without_loss_and_played_alike(results):
     folder, (_, one), (_, two) = results
     assert len(one["episodes"]) == 7 and two["episodes"] == one["episodes"]
-    assert two["stopped"] == one["stopped"] and len(set(one["stopped"])) == 2
+    assert two["stopped"] == one["stopped"] and two["lasted"] == one["lasted"] and len(set(one["stopped"])) == 2
     lines = [json.loads(line) for line in (folder / "two" / "explore" / "episodes.jsonl").read_text().splitlines()]
     assert sorted(line["file"] for line in lines) == sorted(one["episodes"])
     for name in one["episodes"]:

@@ -7,7 +7,7 @@ import torch
 from scipy.ndimage import uniform_filter
 
 from episodes import ChunkData, Episode
-from fidelity import (GripperProbe, agreement, check_trust, gripper_pixels, horizon_errors, imagine_episodes,
+from fidelity import (GripperProbe, agreement, check_trust, gripper_pixels, hand_apart, horizon_errors, imagine_episodes,
                       open_loop, outcome_agreement, reflector_quality, ssim, stability, violations)
 from geometry import Camera, Cameras
 from reflector import StopRule
@@ -170,3 +170,12 @@ def test_rl_is_refused_in_a_world_that_does_not_follow_its_actions(change, words
     else:
         with pytest.raises(UserError, match=words):
             check_trust(world, quality(0.9, 1))
+
+
+def test_hands_are_compared_chunk_by_chunk_while_both_last():
+    true = [np.zeros((12, 8)), np.zeros((4, 8)), np.zeros((12, 8))]
+    imagined = [np.zeros((12, 8)), np.zeros((12, 8)), np.zeros((3, 8))]
+    imagined[0][:, 0], imagined[1][:, 1], imagined[2][:, 2] = 0.001 * np.arange(12), 0.003 * np.arange(12), 0.002 * np.arange(3)
+    imagined[0][:, 6] = 1.0  # fingers are no places
+    apart = hand_apart(true, imagined, chunks=(1, 3, 5, 20))
+    assert apart == pytest.approx({"hand_apart_mm_1": 2.0, "hand_apart_mm_3": 6.0, "hand_apart_mm_5": 5.0})

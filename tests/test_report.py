@@ -197,6 +197,7 @@ MEASURED = {
     "episodes": 100, "failures": 48, "reflector": RESULTS["reflector"],
     "outcome": {world: {"false_success": {"count": 2, "of": 48, "rate": 2 / 48, "ci95": [0.01, 0.14]}}
                 for world in ("imagined frames", "true frames", "closed loop")},
+    "closed_loop": {"hand_apart_mm_5": 4.2},
     "stability": {"not_unanimous": 0.03}, "violations": {"violating_steps": 0.125}, "following": {"gripper_px_5_true": 0.5},
     "horizon": {f"{unit}_wrist_{h}_{kind}": 20.0 - h for unit in ("psnr", "ssim", "feature") for h in (1, 5)
                 for kind in ("predicted", "still", "shuffled", "nearest")},
@@ -206,7 +207,8 @@ MEASURED = {
 def test_the_fidelity_report_says_how_far_the_imagination_can_be_believed(tmp_path):
     text = fidelity_report(MEASURED)
     for row in ("100 test episodes, 48 of them failures", "| false success, imagined frames | 2/48 = 4% (1% to 14%) |",
-                "| not unanimous | 0.03 |", "| violating steps | 0.125 |", "| gripper px 5 true | 0.5 |",
+                "| not unanimous | 0.03 |", "| hand apart mm 5 | 4.2 |", "| violating steps | 0.125 |",
+                "| gripper px 5 true | 0.5 |",
                 "| SSIM, wrist, after 5 chunks | 15 | 15 | 15 | 15 |"):
         assert row in text, row
     fidelity_plots(tmp_path / "a.png", MEASURED)
