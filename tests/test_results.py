@@ -37,7 +37,7 @@ def test_every_table_follows_from_the_raw_episodes(run):
     assert not [row for row in rows if row not in (ROOT / "RESULTS.md").read_text()]
 
 
-@pytest.mark.parametrize("runs", ["near_misses/*_seed?", "libero_object_seed?", "first/*_seed?", "first/*_seed?_own"])
+@pytest.mark.parametrize("runs", ["exact/*_seed?", "near_misses/*_seed?", "libero_object_seed?", "first/*_seed?", "first/*_seed?_own"])
 def test_the_tables_over_seeds_follow_too(runs):
     runs = sorted(path.parent for path in (ROOT / "results").glob(f"{runs}/post_trained.jsonl"))
     rows = tables({}, over_seeds=over_seeds({run.name: read(run) for run in runs}))
