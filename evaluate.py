@@ -20,6 +20,7 @@ from __future__ import annotations
 import os
 import time
 import zlib
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -210,12 +211,10 @@ def benchmark(policies, world, reflector, suite, task_id, episodes, image_size, 
     seconds, played = _timed(lambda: rollout(policy, env, starts))
     imagined = int(played.valid.sum()) * L / seconds
     true_env = LiberoVectorEnv(suite, num_procs, image_size, L, max_steps=8 * L, device=device)
-    try:
+    with closing(true_env):
         contexts = [LiberoContext(task_id, seed) for seed in range(num_procs)]
         true_env.reset(contexts)  # builds the simulators
         seconds, played = _timed(lambda: rollout(policy, true_env, contexts))
-    finally:
-        true_env.close()
     true = int(played.valid.sum()) * L / seconds
     optimizer = torch.optim.AdamW(world.parameters(), lr=0.0)
 
@@ -254,7 +253,7 @@ def measure_world(arguments, run, trained, suite, task_ids, policy, world, refle
     virtual = VirtualEnvConfig(trained["virtual"]["horizon"], StopRule(**trained["virtual"]["stop"]))
     env = LiberoVectorEnv(suite, num_procs, sizes.image_size, sizes.chunk_size, arguments.max_steps,
                           linger=explored["linger"], mesh_cell=explored["mesh_cell"], device=device)
-    try:
+    with closing(env):
         play(policy, env, contexts, folder, "test", TEST_SEED, heat)
         test = load_episodes(folder)
         mild = [episode for episode in test if episode.temperature <= trained["start"]["hottest"]]
@@ -264,8 +263,6 @@ def measure_world(arguments, run, trained, suite, task_ids, policy, world, refle
         again = [LiberoContext(data.episodes[k].task_id, data.episodes[k].seed, max_steps=virtual.horizon * sizes.chunk_size,
                                history=data.episodes[k].until(t)) for k, t in firsts.values()]
         lines = play(policy, env, again, folder / "closed_loop", "closed loop", TEST_SEED)
-    finally:
-        env.close()
     library = load_episodes(run / "demonstrate" / "episodes") + load_episodes(run / "explore")
     stopped, there = imagine_policy(policy, world, reflector, data.starts(list(firsts.values())), virtual.horizon, virtual)
     went = [Episode.load(folder / "closed_loop" / line["file"]).chunks(sizes.chunk_size).states for line in lines]

@@ -25,7 +25,7 @@ Departures from Algorithm 1, and what the paper leaves open:
     small part of the paper's dimensions, and those that decide. `log_prob` stays that of one chunk by itself. With a
     draw for every step, gradients of 64 rollouts each had nothing in common (cosine 0 in the mean, ABLATIONS.md).
  7. A supervised loss on the demonstrations is added (`anchor`): without it a fast policy soon finds what the virtual world
-    is wrong about.
+    is wrong about. And where it is not explored the policy is held to what it was before RL (`hold_loss`).
 As in the paper: no critic, no KL, no entropy bonus, rewards not divided by their deviation.
 
 Shapes: B rollouts = G groups × K, T time in chunks, V camera views, L action-chunk length, A action
@@ -33,6 +33,7 @@ dimensions, C, H, W image, N chunks that were played, lower-case b and n: some o
 
 Try it:  python -m pytest tests/test_ppo.py
 """
+import copy
 import math
 from dataclasses import dataclass, replace
 
@@ -269,6 +270,11 @@ def choose(policy, played, row, time):
                    "instruction": [played.instruction[i] for i in row.tolist()]})
 
 
+def reference_of(policy):
+    """The policy as it is now, to hold it to: a copy that shares what is frozen (of LoRA, nearly everything)."""
+    return copy.deepcopy(policy, {id(p): p for p in policy.parameters() if not p.requires_grad}).eval()
+
+
 def hold_loss(policy, reference, played, config, generator):
     """L1 between the means of `policy` and `reference`, on `anchor_batch` of the chunks that were played without noise.
 
@@ -336,8 +342,7 @@ def update(policy, optimizer, played, advantage, config, generator, anchor=None,
                 share = len(index) / (count * config.epochs)
                 metrics[name] = metrics.get(name, 0.0) + float(value) * share
         for name, parts in {"anchor": anchor(policy, generator) if anchor and config.anchor else (),
-                            "hold": hold_loss(policy, reference, played, config, generator)
-                            if reference and config.hold else ()}.items():
+                            "hold": hold_loss(policy, reference, played, config, generator) if reference else ()}.items():
             for part in parts:
                 (getattr(config, name) * part).backward()
                 share = 1 / (len(epochs[0]) * config.epochs)

@@ -16,7 +16,6 @@ import os
 import shutil
 import sys
 from contextlib import closing
-from copy import deepcopy
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -41,7 +40,7 @@ from openvla import load_policy, pretrained_policy
 from openvla_memory import check_training
 from playing import control_steps, play, read_lines, short_tries
 from policy import Policy, anchor_loss, clone_loss
-from ppo import add_lora, improve, make_optimizer, merge_lora
+from ppo import add_lora, improve, make_optimizer, merge_lora, reference_of
 from reflector import Reflector, calibrate, reflector_loss
 from runs import (Run, UserError, clear_errors, find_model, fit, in_processes, load_resume, load_weights, read_json,
                   read_log, save_resume, step_generator, write_json)
@@ -300,8 +299,7 @@ def imagine(config, run, folder, device):
     if config.policy.backbone:
         check_training(policy, config.ppo.microbatch, config.ppo.lora_rank, device, "--ppo.microbatch")
     optimizer = make_optimizer(policy, config.ppo)
-    frozen_parts = {id(p): p for p in policy.parameters() if not p.requires_grad}  # of LoRA: not copied
-    reference = deepcopy(policy, frozen_parts).eval()
+    reference = reference_of(policy) if config.ppo.hold else None
     first = load_resume(folder, policy, optimizer)
 
     def look(iteration):

@@ -11,7 +11,7 @@ from torch import nn
 from episodes import Normalizer
 from policy import ActionDistribution, Policy, PolicyConfig
 from ppo import (PPOConfig, add_lora, choose, clip_and_step, improve, make_optimizer, merge_lora, minibatches, ppo_loss,
-                 rloo_advantage, rollout, update)
+                 reference_of, rloo_advantage, rollout, update)
 from runs import UserError, load_resume, save_resume, step_generator
 
 torch.set_num_threads(1)
@@ -285,6 +285,9 @@ def test_lora_trains_low_rank_changes_and_the_heads_and_merges_into_the_same_pol
     before, whole = policy.eval()(obs).loc.detach(), copy.deepcopy(policy.state_dict())
     add_lora(policy, rank=2)
     assert torch.equal(policy(obs).loc, before), "it starts as it was"
+    reference = reference_of(policy)
+    shared = {id(p) for p in policy.parameters()} & {id(p) for p in reference.parameters()}
+    assert shared == {id(p) for p in policy.parameters() if not p.requires_grad}
     trained = {name for name, p in policy.named_parameters() if p.requires_grad}
     assert all(name.startswith(("action_head.", "scale_head.")) or name.endswith((".a", ".b")) for name in trained)
     optimizer = make_optimizer(policy, PPOConfig(lr_backbone=0.1, lr_heads=0.01))
@@ -294,6 +297,7 @@ def test_lora_trains_low_rank_changes_and_the_heads_and_merges_into_the_same_pol
         optimizer.step()
     after = policy(obs).loc.detach()
     assert not torch.allclose(after, before, atol=1e-3)
+    assert torch.equal(reference(obs).loc, before), "the reference stays what it was"
     merge_lora(policy)
     torch.testing.assert_close(policy(obs).loc, after, atol=1e-5, rtol=1e-5)
     merged = policy.state_dict()
@@ -450,7 +454,7 @@ def test_what_was_played_without_noise_is_held_to_the_reference():
     with torch.no_grad():
         here, there = float(apart(start, held)), float(apart(start, played.explored))
     assert metrics["hold_loss"] == pytest.approx(here, rel=0.05) and here != pytest.approx(there, rel=0.1)
-    same, metrics = updated(start, played, none, reference=reference, hold=0.0, minibatch=0)
+    same, metrics = updated(start, played, none, minibatch=0)
     assert torch.equal(same, nn.utils.parameters_to_vector(start.parameters())) and "hold_loss" not in metrics
     everything = rollout(start, Reach(), draw_contexts(8, step_generator(0, 0)), generator=step_generator(1, 0))
     assert "hold_loss" not in updated(start, everything, none[:8], reference=reference)[1]  # all was played with noise
