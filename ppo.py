@@ -342,7 +342,8 @@ def update(policy, optimizer, played, advantage, config, generator, anchor=None,
                 share = len(index) / (count * config.epochs)
                 metrics[name] = metrics.get(name, 0.0) + float(value) * share
         for name, parts in {"anchor": anchor(policy, generator) if anchor and config.anchor else (),
-                            "hold": hold_loss(policy, reference, played, config, generator) if reference else ()}.items():
+                            "hold": hold_loss(policy, reference, played, config, generator)
+                            if reference and config.hold else ()}.items():
             for part in parts:
                 (getattr(config, name) * part).backward()
                 share = 1 / (len(epochs[0]) * config.epochs)

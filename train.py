@@ -299,7 +299,7 @@ def imagine(config, run, folder, device):
     if config.policy.backbone:
         check_training(policy, config.ppo.microbatch, config.ppo.lora_rank, device, "--ppo.microbatch")
     optimizer = make_optimizer(policy, config.ppo)
-    reference = reference_of(policy) if config.ppo.hold else None
+    reference = reference_of(policy)
     first = load_resume(folder, policy, optimizer)
 
     def look(iteration):

@@ -454,7 +454,7 @@ def test_what_was_played_without_noise_is_held_to_the_reference():
     with torch.no_grad():
         here, there = float(apart(start, held)), float(apart(start, played.explored))
     assert metrics["hold_loss"] == pytest.approx(here, rel=0.05) and here != pytest.approx(there, rel=0.1)
-    same, metrics = updated(start, played, none, minibatch=0)
+    same, metrics = updated(start, played, none, reference=reference, hold=0.0, minibatch=0)
     assert torch.equal(same, nn.utils.parameters_to_vector(start.parameters())) and "hold_loss" not in metrics
     everything = rollout(start, Reach(), draw_contexts(8, step_generator(0, 0)), generator=step_generator(1, 0))
     assert "hold_loss" not in updated(start, everything, none[:8], reference=reference)[1]  # all was played with noise
