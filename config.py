@@ -125,7 +125,7 @@ def large() -> TrainConfig:
         preset="large", policy=PolicyConfig(image_size=256),
         world_model=WorldModelConfig(image_size=256, patch=4, channels=(128, 256, 384), layers=2),
         simulate=FitConfig(steps=20_000, batch_size=32, lr=3e-4), drift=FitConfig(steps=5_000, batch_size=32, lr=1e-4),
-        reflector=ReflectorConfig(image_size=256), reflect=FitConfig(steps=2_000, batch_size=32, lr=3e-4, weight_decay=0.1),
+        reflect=FitConfig(steps=2_000, batch_size=32, lr=3e-4, weight_decay=0.1),
         ppo=PPOConfig(iterations=100))
 
 
@@ -157,11 +157,17 @@ def parse(arguments: list[str]) -> TrainConfig:
                  if hasattr(getattr(config, part), name)}
         if len(set(sizes.values())) > 1:
             raise UserError(f"{', '.join(f'{flag} {value}' for flag, value in sizes.items())}: give them all the same value")
-    if not (0 < config.explore.held_out < config.explore.episodes and config.evaluate.episodes > 0):
-        raise UserError("--explore.held_out, episodes of a task for tests alone, must be above 0 and below "
+    if not (0 < config.explore.held_out <= config.explore.episodes and config.evaluate.episodes > 0):
+        raise UserError("--explore.held_out, episodes of a task for tests alone, must be above 0 and not above "
                         "--explore.episodes, and --evaluate.episodes above 0")
+    if min(config.explore.temperatures, default=-1) < 0:
+        raise UserError("--explore.temperatures must be one number or more, none below 0")
     if config.explore.episodes + config.explore.grasps > 1000:
         raise UserError("--explore.episodes and --explore.grasps number a task's placements from 0 to 999: lower them")
+    if min(config.virtual.stop.confirm, config.evaluate.stop.confirm) < 1:
+        raise UserError("--virtual.stop.confirm and --evaluate.stop.confirm are frames in a row: 1 or more")
+    if min(config.drift.batch_size, config.grasp.batch_size, config.reflect.batch_size) < 2:
+        raise UserError("half a batch is imagined: --drift.batch_size, --grasp.batch_size, --reflect.batch_size must be 2 or more")
     if config.max_steps < config.policy.chunk_size and config.max_steps:
         raise UserError(f"--max_steps must be 0 (the suite's limit) or at least a chunk, {config.policy.chunk_size}")
     return config

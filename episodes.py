@@ -128,7 +128,7 @@ class Episode:
     stride: int  # control steps between stored frames: 1 in demonstrations, a chunk in exploration
     task_id: int
     instruction: str
-    source: str  # "demo" or "explore"
+    source: str  # "demo"; "explore" or "try" in exploration; "imagined"; "check", "evaluate", "test", "closed loop"
     seed: int
     temperature: float = 0.0  # of the noise that it was explored with
     executed: np.ndarray | None = None  # (S, 7) what the robot was told where that differs, as under an expert's pushes

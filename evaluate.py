@@ -132,7 +132,7 @@ def protocol(arguments, suite, task_ids, sizes, rule) -> dict:
             "both": "when the goal was reached and the reflector has stopped"}
     return {"suite": suite, "tasks": len(task_ids), "episodes a task": arguments.episodes,
             "initial states": f"the benchmark's first {arguments.episodes}, in order", "settling steps": SETTLE_STEPS,
-            "step limit": arguments.max_steps or step_limit(suite),
+            "step limit": step_limit(suite, arguments.max_steps),
             "actions": f"chunks of {sizes.chunk_size} control steps, whole, open loop, "
             + (f"sampled (seed {arguments.seed})" if arguments.sample else "greedy"),
             "pictures": f"{sizes.image_size} pixels, drawn with {max(RENDER_SIZE, sizes.image_size)}; standard meshes",
@@ -168,7 +168,7 @@ def imagine_policy(policy, world, reflector, starts, horizon, virtual) -> tuple[
     chunks? And where the robot went until then, B arrays (T+1, 8)."""
     mine, stopped, states = shard(range(len(starts))), np.zeros(0, bool), []
     if mine:
-        env = VirtualEnv(world, reflector, replace(virtual, horizon=horizon, shared_noise=False, seed=0), len(mine),
+        env = VirtualEnv(world, reflector, replace(virtual, horizon=horizon, shared_noise=False), len(mine),
                          first=mine[0], total=len(starts))
         played = rollout(policy, env, [starts[i] for i in mine], greedy=True)
         stopped = played.terminated.cpu().numpy()
@@ -247,15 +247,22 @@ def measure_world(arguments, run, trained, suite, task_ids, policy, world, refle
     Some are taken up again by the greedy policy, in both worlds, from where RL starts: just before their first grasp.
     """
     folder = Path(arguments.output_dir or run / f"world_{arguments.episodes}")
+    lock = Run(folder)
     contexts = [LiberoContext(task, TEST_SEED + i) for task in task_ids for i in range(arguments.episodes)]
     heat = [arguments.temperatures[context.seed % len(arguments.temperatures)] for context in contexts]
     sizes, explored = policy.config, trained["explore"]
     virtual = VirtualEnvConfig(trained["virtual"]["horizon"], StopRule(**trained["virtual"]["stop"]))
-    env = LiberoVectorEnv(suite, num_procs, sizes.image_size, sizes.chunk_size, arguments.max_steps,
-                          linger=explored["linger"], mesh_cell=explored["mesh_cell"], device=device)
+    settings = {"task": suite, "temperatures": arguments.temperatures, "max_steps": arguments.max_steps,
+                "virtual": asdict(virtual), "hottest": trained["start"]["hottest"], "weights": fingerprint(policy),
+                "versions": versions()}
+    check_settings(folder, settings)
+    write_json(folder / "settings.json", settings)
+    limit = step_limit(suite, arguments.max_steps, sizes.chunk_size)
+    env = LiberoVectorEnv(suite, num_procs, sizes.image_size, sizes.chunk_size, limit, linger=explored["linger"],
+                          mesh_cell=explored["mesh_cell"], device=device)
     with closing(env):
-        play(policy, env, contexts, folder, "test", TEST_SEED, heat)
-        test = load_episodes(folder)
+        test = [Episode.load(folder / line["file"])
+                for line in play(policy, env, contexts, folder, "test", TEST_SEED, heat)]
         mild = [episode for episode in test if episode.temperature <= trained["start"]["hottest"]]
         data = ChunkData(mild, sizes.chunk_size, device, every_offset=False)
         pools = [pool for (kind, _), pool in data.start_pools().items() if kind == "contact"]
@@ -263,7 +270,8 @@ def measure_world(arguments, run, trained, suite, task_ids, policy, world, refle
         again = [LiberoContext(data.episodes[k].task_id, data.episodes[k].seed, max_steps=virtual.horizon * sizes.chunk_size,
                                history=data.episodes[k].until(t)) for k, t in firsts.values()]
         lines = play(policy, env, again, folder / "closed_loop", "closed loop", TEST_SEED)
-    library = load_episodes(run / "demonstrate" / "episodes") + load_episodes(run / "explore")
+    library = load_episodes(run / "demonstrate" / "episodes") + [episode for episode in load_episodes(run / "explore")
+                                                                 if episode.seed % 1000 >= explored["held_out"]]
     stopped, there = imagine_policy(policy, world, reflector, data.starts(list(firsts.values())), virtual.horizon, virtual)
     went = [Episode.load(folder / "closed_loop" / line["file"]).chunks(sizes.chunk_size).states for line in lines]
     apart = hand_apart([states[t:] for states, (_, t) in zip(went, firsts.values())], there)
@@ -307,11 +315,18 @@ def main(arguments: Arguments):
         raise UserError("--episodes must be 1 or more, --videos, --num_procs and --max_steps 0 or more")
     runs, device = [Path(run) for run in arguments.checkpoint or [arguments.world]], pick_device(arguments.device)
     trained = [read_json(run / "config.json") for run in runs]
+    unused = [name for name in ("policy", "stop", "sample", "seed", "videos")
+              if arguments.world and getattr(arguments, name) != getattr(Arguments, name)]
+    if unused:
+        raise UserError(f"--world measures with the cloned policy, by both worlds' verdicts: leave out --{unused[0]}")
     if 0 < arguments.max_steps < trained[0]["policy"]["chunk_size"]:
         raise UserError("--max_steps must be 0 (the suite's limit) or at least a chunk")
     suite = arguments.task or trained[0]["task"]
     count = load_suite(suite).n_tasks
     task_ids = list(arguments.task_ids or (trained[0]["task_ids"] if suite == trained[0]["task"] else range(count)))
+    if arguments.world and (suite != trained[0]["task"] or not set(task_ids) <= set(trained[0]["task_ids"])):
+        raise UserError(f"--world measures what the run was trained on: --task {trained[0]['task']}, --task_ids of "
+                        f"{' '.join(map(str, trained[0]['task_ids']))}")
     if not task_ids:
         raise UserError(f"{suite} has no tasks in the installed benchmark: choose another --task")
     for task in task_ids:
@@ -342,6 +357,11 @@ def evaluate_runs(arguments, runs, trained, suite, task_ids, num_procs, device):
     base = "_".join([f"eval_{suite}", *[arguments.stop] * (arguments.stop != "both"), *["sampled"] * arguments.sample])
     default = runs[0] / base if len(runs) == 1 else runs[0].parent / f"{base}_{'_'.join(names)}"
     output = Path(arguments.output_dir or default)
+    rule = StopRule(**trained[0]["evaluate"]["stop"])
+    for config in trained[1:]:
+        for section, key in (("evaluate", "stop"), ("policy", "image_size"), ("policy", "chunk_size")):
+            if config[section][key] != trained[0][section][key]:
+                raise UserError(f"these runs differ in --{section}.{key}: evaluate each with a command of its own")
     lines, locks = {}, [Run(output)]
     for run, name, config in zip(runs, names, trained):
         policies = load_policies(run, device, arguments.policy)
@@ -349,7 +369,6 @@ def evaluate_runs(arguments, runs, trained, suite, task_ids, num_procs, device):
         if arguments.stop != "oracle":
             reflector = load_model(Reflector, run / "reflect", device)
         sizes = next(iter(policies.values())).config
-        rule = StopRule(**config["evaluate"].get("stop", config["virtual"]["stop"]))  # older runs have but one
         folder = output if len(runs) == 1 else output / name if arguments.output_dir else run / base
         locks += [Run(folder)] if folder != output else []
         lines[name] = evaluate_policies(policies, reflector, suite, task_ids, arguments.episodes, folder, sizes.image_size,

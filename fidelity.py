@@ -29,15 +29,13 @@ from tqdm import tqdm
 
 import report
 from distributed import barrier, rank
-from episodes import ChunkData, Episode, finger_history, load_episodes, to_float
+from episodes import VIEWS, ChunkData, Episode, finger_history, load_episodes, to_float
 from geometry import camera_pose, project, turn_between
 from intervals import wilson_interval
 from reflector import Reflector, StopRule, reflector_metrics
 from runs import UserError
 from virtual_env import VirtualEnv, VirtualEnvConfig
 from world_model import WorldModel
-
-VIEWS = ("agentview", "wrist")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -47,24 +45,26 @@ def open_loop(world: WorldModel, reflector: Reflector | None, data: ChunkData, p
               batch=32, true_states=False):
     """Imagine at most `horizon` chunks from frame t of track k on, with the recorded actions, for every (k, t).
 
-    actions_of: (k, t) pairs whose actions are played instead. true_states: the robot goes where it truly went, so that
-    the pictures alone are imagined, of what truly happened. Yields, in order, frames (T+1, V, 3, H, W) uint8, states
-    (T+1, 8) and the reflector's scores (T,), NaN without a reflector.
+    actions_of: (k, t) pairs whose actions are played instead, from the episode's first one on again where they end.
+    true_states: the robot goes where it truly went, so that the pictures alone are imagined, of what truly happened.
+    Yields, in order, frames (T+1, V, 3, H, W) uint8, states (T+1, 8) and the reflector's scores (T,), NaN without a
+    reflector.
     """
     for first in range(0, len(picks), batch):
         here = picks[first:first + batch]
         given = (actions_of or picks)[first:first + batch]
-        chunks = [data.tracks[k].actions[t:t + horizon] for k, t in given]
-        length = torch.tensor([min(len(rows), len(data.tracks[k].actions) - t) for rows, (k, t) in zip(chunks, here)])
+        length = torch.tensor([min(horizon, len(data.tracks[k].actions) - t) for k, t in here])
+        chunks = [np.take(data.tracks[k].actions, range(t, t + count), axis=0, mode="wrap")
+                  for (k, t), count in zip(given, length.tolist())]
         T = int(length.max())
         actions = np.zeros((len(here), T, *chunks[0].shape[1:]), np.float32)
         states = torch.zeros(len(here), T, 8)
         for row, rows, going, (k, t) in zip(actions, chunks, states, here):
-            row[:len(rows)] = rows[:T]
+            row[:len(rows)] = rows
             truth = torch.from_numpy(data.tracks[k].states[t + 1:t + 1 + T])
             going[:len(truth)] = truth
-        config = VirtualEnvConfig(T, StopRule(eta=2.0), shared_noise=False, seed=seed + first)  # never stops
-        env = VirtualEnv(world, reflector, config, len(here))
+        config = VirtualEnvConfig(T, StopRule(eta=2.0), shared_noise=False)  # never stops
+        env = VirtualEnv(world, reflector, config, len(here), seed=seed + first)
         env.reset(data.starts(here))
         scores = []
         for t in range(T):

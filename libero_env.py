@@ -36,9 +36,6 @@ SETTLE_STEPS = 10
 STEP_LIMITS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the installed benchmark knows
-# ---------------------------------------------------------------------------------------------------------------------
 def load_suite(name):
     """The benchmark object of a suite; UserError with the known names where there is none."""
     with _quiet():
@@ -55,9 +52,10 @@ def load_suite(name):
         return suites[name]()
 
 
-def step_limit(suite) -> int:
-    """The suite's step limit; a variant of a suite has that suite's."""
-    return next((limit for name, limit in STEP_LIMITS.items() if suite.startswith(name)), 400)
+def step_limit(suite, max_steps=0, chunk_size=1) -> int:
+    """`max_steps`, or the suite's limit where that is 0 (a variant of a suite has that suite's); of it, whole chunks."""
+    limit = max_steps or next((limit for name, limit in STEP_LIMITS.items() if suite.startswith(name)), 400)
+    return limit // chunk_size * chunk_size
 
 
 def initial_states(suite, task_id) -> np.ndarray:
@@ -100,8 +98,7 @@ class LiberoTask:
         self.env.env.hard_reset = False  # a soft reset gives the same trajectory 100 times faster
         self.env.env._update_observables = lambda force=False: None  # 25 updates a control step that nobody reads
         self.env.env._get_observations = lambda force_update=False: {}
-        self._substeps = int(self.env.env.control_timestep / self.env.env.model_timestep)
-        self._renderer = None
+        self._renderer, self._substeps = None, int(self.env.env.control_timestep / self.env.env.model_timestep)
 
     def reset(self, seed=0, init_state=None):
         """Start an episode: from `init_state` (D,), or from placements drawn with `seed` as the benchmark's were.
@@ -265,11 +262,10 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
 
     reset(contexts, mask) -> obs, info;  step(actions (B, L, 7)) -> obs, reward, terminated, truncated, info
     obs: images uint8 (B, V, 3, H, W), state (B, 8), instruction list[str]; tensors on `device`.
-    info: success (B,) the goal holds in this frame, success_once (B,) it held at some control step so far,
-          score (B,) the reflector's P(done) for this frame, NaN without a reflector.
+    info: success (B,) the goal holds in this frame, score (B,) the reflector's P(done) for it, NaN without a reflector.
     stop: what ends an episode before the step limit.  "oracle": the goal was reached, `linger` chunks ago.
           "self": the reflector has stopped (`rule`: StopRule).  "both": both, so that one episode tells what either stop
-          would have given. The reward is 1 where success_once at the end; with "self", where the goal holds at the end.
+          would have given. The reward is 1 where the goal held at any step; with "self", where the goal holds at the end.
     """
     metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.DISABLED}
 
@@ -278,14 +274,15 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
         if stop != "oracle" and (reflector is None or rule is None):
             raise ValueError(f"stop='{stop}' needs a reflector and its rule")
         self.suite, self.num_envs, self.device = suite, num_envs, torch.device(device)
-        self.chunk_size, self.max_steps = chunk_size, max_steps or step_limit(suite)
+        self.chunk_size, self.max_steps = chunk_size, step_limit(suite, max_steps)
         self.stop, self.linger, self.reflector, self.rule = stop, linger, reflector, rule
         frame = gymnasium.spaces.Box(0, 255, (len(CAMERAS), 3, image_size, image_size), np.uint8)
         self.single_observation_space = gymnasium.spaces.Dict({
             "images": frame, "state": gymnasium.spaces.Box(-np.inf, np.inf, (8,), np.float32),
             "instruction": gymnasium.spaces.Text(200)})
         self.single_action_space = gymnasium.spaces.Box(-1, 1, (chunk_size, 7), np.float32)
-        self.action_space = gymnasium.vector.utils.batch_space(self.single_action_space, num_envs)
+        self.observation_space, self.action_space = (gymnasium.vector.utils.batch_space(space, num_envs) for space in
+                                                     (self.single_observation_space, self.single_action_space))
         context = multiprocessing.get_context("spawn")
         self._pipes, self._processes = [], []
         for _ in range(num_envs):
@@ -302,7 +299,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
         chosen = [i for i in range(self.num_envs) if mask is None or mask[i]]
         for i in chosen:
             prefix = contexts[i].history.executed if contexts[i].history else ()
-            self._pipes[i].send(("reset", contexts[i].task_id, contexts[i].seed, contexts[i].init_state, prefix))
+            self._pipe(i, "send", ("reset", contexts[i].task_id, contexts[i].seed, contexts[i].init_state, prefix))
         for i in chosen:
             images, state, instruction = self._receive(i)
             self._slots[i] = {"first": images, "previous": images, "images": images, "state": state, "steps": 0,
@@ -316,7 +313,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
         actions = actions.float().cpu().numpy()
         playing = [i for i, slot in enumerate(self._slots) if slot and not slot["over"]]
         for i in playing:
-            self._pipes[i].send(("chunk", actions[i, :self._slots[i]["max_steps"] - self._slots[i]["steps"]]))
+            self._pipe(i, "send", ("chunk", actions[i, :self._slots[i]["max_steps"] - self._slots[i]["steps"]]))
         reward, terminated, truncated = torch.zeros(self.num_envs), *torch.zeros(2, self.num_envs, dtype=torch.bool)
         success = torch.zeros(self.num_envs, dtype=torch.bool)
         for i in playing:
@@ -366,19 +363,22 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
                                          [slot["instruction"] if slot else "" for slot in self._slots],
                                          self._gather("fingers")).cpu()
         success = torch.zeros(self.num_envs, dtype=torch.bool) if success is None else success
-        once = torch.tensor([bool(slot and slot["reached"] is not None) for slot in self._slots])
-        return {"success": success.to(self.device), "success_once": once.to(self.device), "score": score.to(self.device)}
+        return {"success": success.to(self.device), "score": score.to(self.device)}
 
     def _receive(self, i):
-        try:
-            kind, value = self._pipes[i].recv()
-        except (EOFError, ConnectionResetError):
-            raise RuntimeError(f"simulator process {i} died (out of memory?); the same command goes on") from None
+        kind, value = self._pipe(i, "recv")
         if kind == "user_error":
             raise UserError(value)
         if kind == "error":
             raise RuntimeError(f"simulator process {i} failed:\n{value}")
         return value
+
+    def _pipe(self, i, method, *arguments):
+        try:
+            return getattr(self._pipes[i], method)(*arguments)
+        except (EOFError, OSError):
+            raise UserError(f"simulator process {i} died (out of memory?): run the same command, with a lower --num_procs "
+                            "where memory is short") from None
 
     def close_extras(self, **_):
         for pipe in self._pipes:

@@ -23,7 +23,7 @@ from distributed import gather, rank, shard, world_size
 from episodes import Episode, finger_moments
 from libero_env import LiberoContext, LiberoVectorEnv
 from ppo import rollout
-from runs import read_log, step_generator
+from runs import read_lines, read_log, step_generator
 
 
 def short_tries(episodes, config) -> list[LiberoContext]:
@@ -62,7 +62,8 @@ def play(policy, env: LiberoVectorEnv, contexts, folder, source, seed, temperatu
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path, lock, playing = folder / "episodes.jsonl", threading.Lock(), {}  # playing: the task that a process is at
-    lines = gather(read_lines(path) if rank() == 0 else None)[0]  # as it is before any of torchrun's processes adds to it
+    known = gather(read_lines(path) if rank() == 0 else None)[0]  # as it is before any of torchrun's processes adds to it
+    lines = {line["file"]: line for line in known}
     files = [f"task{context.task_id:02d}_seed{context.seed:06d}{f'_{context.take}' if context.take else ''}.npz"
              for context in contexts]
     todo = [episode for episode in zip(files, contexts, temperatures or [1.0] * len(contexts)) if episode[0] not in lines]
@@ -91,8 +92,8 @@ def play(policy, env: LiberoVectorEnv, contexts, folder, source, seed, temperatu
     with tqdm(total=done + len(todo), initial=done, desc=folder.name.removesuffix(".tmp"),
               unit="episode") as bar, ThreadPoolExecutor(env.num_envs) as pool:
         try:
-            for done in as_completed([pool.submit(serve, slot) for slot in env.single_slots()]):
-                done.result()
+            for served in as_completed([pool.submit(serve, slot) for slot in env.single_slots()]):
+                served.result()
         finally:
             with lock:
                 todo.clear()  # stopped by Ctrl-C or an error: what is being played ends and is kept
@@ -114,7 +115,7 @@ def next_episode(todo, playing, slot):
 def control_steps(run, rl_env) -> dict[str, dict[str, int]]:
     """{stage: {"true" or "imagined": control steps that a finished run's stage took}}; training on records takes none."""
     played = {stage: sum(line["steps"] + line.get("before", 0) for path in sorted((run.folder / stage).glob(pattern))
-                         for line in read_lines(path).values())
+                         for line in read_lines(path))
               for stage, pattern in (("explore", "episodes.jsonl"), ("imagine", "check_*/episodes.jsonl"),
                                      ("evaluate", "*/episodes.jsonl"))}
     recorded = 0
@@ -124,20 +125,9 @@ def control_steps(run, rl_env) -> dict[str, dict[str, int]]:
     steps = {"demonstrate": {"true": recorded},
              **{stage: {"true": count} for stage, count in played.items()}}
     world = "true" if rl_env == "libero" else "imagined"
-    learned = sum(int(record.get("control_steps", 0)) for (stage, _), record in
-                  read_log(run.folder / "log.jsonl").items() if stage == "imagine")
+    learned = sum(int(record.get("control_steps", 0)) for record in read_log(run.folder).values())
     steps["imagine"][world] = steps["imagine"].get(world, 0) + learned
     return steps
-
-
-def read_lines(path) -> dict[str, dict]:
-    """{file: line of episodes.jsonl}. A last line that a kill has cut short is taken off the file."""
-    whole = [line for line in (path.read_text() if path.exists() else "").splitlines(keepends=True) if line.endswith("\n")]
-    if path.exists() and path.stat().st_size != len("".join(whole).encode()):
-        temporary = path.with_name(path.name + ".writing")
-        temporary.write_text("".join(whole))
-        temporary.replace(path)
-    return {line["file"]: line for line in map(json.loads, whole)}
 
 
 def save_episode(played, path, context, source, env, temperature) -> dict:

@@ -390,7 +390,7 @@ def improve(policy, optimizer, env, draw_contexts, config, generator, anchor=Non
     outcome = [value.cpu() for value in (reward, advantage, played.terminated, played.valid.sum(1))]
     reward, advantage, terminated, lasted = (torch.cat(values) for values in zip(*gather(outcome)))  # of everyone
     return metrics | {
-        "imagined_success": float(terminated.float().mean()),               # stopped before the horizon
+        "success_rate": float(terminated.float().mean()),                   # stopped before the horizon
         "reward": float(reward.mean()),
         "control_steps": float(lasted.sum()) * played.actions.shape[2],
         "stop_chunk": float(lasted.float().mean()),                         # chunks that a rollout lasts

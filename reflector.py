@@ -64,7 +64,6 @@ class ReflectorConfig:
 
     backbone: str = ""  # folder or hub name of an image-text model to freeze and read; empty: a network of ours
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the backbone
-    image_size: int = 64  # height and width of a frame in pixels, a multiple of 8
     views: int = 2  # cameras: agent view, wrist
     channels: int = 48  # convolution channels at 16x16; twice as many at 8x8
     width: int = 128  # D, the length of h_t and of a word vector

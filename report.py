@@ -1,7 +1,7 @@
 """What a run leaves for a reader: report.md, videos and learning curves. The numbers' intervals come from intervals.py.
 
 Pictures: `film_strip` (GIF) and `contact_sheet` (PNG) show a true rollout above the imagined one of the same
-actions, with the reflector's score under every frame; `learning_curves` (PNG) draws log.jsonl.
+actions, with the reflector's score under every frame; `learning_curves` (PNG) draws what the stages logged.
 
 Shapes: T frames at chunk boundaries, V views, H,W pixels; images are channels-last uint8.
 
@@ -22,7 +22,7 @@ from runs import read_json, read_log, write_json
 # ----------------------------------------------------------------------------------------------------------
 # report.md
 # ----------------------------------------------------------------------------------------------------------
-POLICIES = {"cloned": "cloned", "post_trained": "post-trained in imagination"}
+POLICIES = {"cloned": "cloned", "post_trained": "post-trained"}
 CAPTION = """Successes / episodes, with 95% Wilson intervals. *Oracle stop*: the simulator ends the
 episode at the first success. *Self stop*: the reflector ends it, and success is judged there.
 *Imagined*: the verdict of the reflector on rollouts in the world simulator; a gain there counts only if
@@ -49,7 +49,7 @@ def write_run(run, about: dict, control_steps: dict):
     results = about | read_json(run.path("evaluate") / "results.json") | held_out | {
         "videos": str(run.path("evaluate") / "videos"), "stages": run.seconds(), "control_steps": control_steps}
     write_json(run.folder / "results.json", results)
-    learning_curves(run.folder / "curves.png", run.folder / "log.jsonl")
+    learning_curves(run.folder / "curves.png", read_log(run.folder))
     text = results_table(results)
     (run.folder / "report.md").write_text(text + "\n")
     print(f"\n{text}\n\nWritten to {run.folder}: report.md, results.json, curves.png, evaluate/videos/")
@@ -349,11 +349,11 @@ def _enlarged(image, scale):
 # ----------------------------------------------------------------------------------------------------------
 # Learning curves
 # ----------------------------------------------------------------------------------------------------------
-PANELS = [  # title, stage in log.jsonl, metrics drawn in it
+PANELS = [  # title, part in log.jsonl, metrics drawn in it
     ("clone: L1", "clone", ["l1"]),
     ("world simulator: loss", "simulate", ["loss"]),
     ("reflector", "reflect", ["loss", "accuracy"]),
-    ("imagine: success and reward", "imagine", ["imagined_success", "reward"]),
+    ("imagine: success and reward", "imagine", ["success_rate", "reward"]),
     ("imagine: chunks until the stop", "imagine", ["stop_chunk"]),
     ("imagine: approx_kl", "imagine", ["approx_kl"]),
     ("imagine: clipped, idle groups", "imagine", ["clip_frac", "groups_without_advantage"]),
@@ -362,24 +362,20 @@ PANELS = [  # title, stage in log.jsonl, metrics drawn in it
 ]
 
 
-def learning_curves(path, log_jsonl) -> None:
-    """Draw the run's log (one JSON object {"stage", "step", **metrics} a line) as a PNG of small panels.
-
-    Of a step that was logged twice (a resumed run) the later line counts; a panel without data says so.
-    """
-    records = read_log(Path(log_jsonl))
+def learning_curves(path, records) -> None:
+    """Draw `runs.read_log` as a PNG of small panels; a panel without data says so."""
     figure = Figure(figsize=(12, 8.5), layout="constrained")  # no pyplot: no display, no state
-    for axes, (title, stage, names) in zip(figure.subplots(3, 3).flat, PANELS):
+    for axes, (title, part, names) in zip(figure.subplots(3, 3).flat, PANELS):
         axes.set_title(title, fontsize=11)
         axes.spines[["top", "right"]].set_visible(False)
         for name in names:
             points = sorted((step, record[name]) for (where, step), record in records.items()
-                            if where == stage and name in record)
+                            if where == part and name in record)
             if points:
                 axes.plot(*zip(*points), marker="o" if len(points) < 30 else "", markersize=3, label=name)
         if axes.lines:
             axes.grid(alpha=0.25)
-            axes.set_xlabel("iteration" if stage in ("imagine", "check") else "step", fontsize=9)
+            axes.set_xlabel("iteration" if part in ("imagine", "check") else "step", fontsize=9)
         else:
             axes.set(xticks=[], yticks=[])
             axes.text(0.5, 0.5, "nothing logged", ha="center", color="gray", transform=axes.transAxes)

@@ -3,7 +3,8 @@
 A stage's product is written to `<stage>.tmp/` and renamed to `<stage>/` when it is complete, so a killed run goes on
 where it was with the same command. Weights and optimiser state are safetensors, everything else is JSON: nothing is
 ever unpickled. Of several processes, rank 0 alone writes. All randomness of a training step comes from one generator
-seeded by (seed, step), so a checkpoint needs no random state and a resumed run equals a straight one bit for bit.
+seeded by (seed, step), dropout's too, so a checkpoint needs no random state and a resumed run equals a straight one bit
+for bit.
 """
 from __future__ import annotations
 
@@ -164,6 +165,7 @@ class Run:
     def __init__(self, folder):
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._stage = self.folder  # the unfinished stage's folder
         self._lock = open(self.folder / ".lock", "w")
         try:
             if distributed.rank() == 0:
@@ -171,9 +173,6 @@ class Run:
         except OSError:
             raise UserError(f"{self.folder} is in use by another process: wait for it, or choose another "
                             "--output_dir") from None
-
-    def unlock(self):
-        self._lock.close()
 
     def path(self, stage) -> Path:
         return self.folder / stage
@@ -192,6 +191,7 @@ class Run:
     def stage(self, name, settings):
         """Yield the stage's unfinished folder; rename it to its final name when the body ends without an error."""
         unfinished, start = self.folder / f"{name}.tmp", time.time()
+        self._stage = unfinished
         check_settings(unfinished, settings)
         unfinished.mkdir(exist_ok=True)
         write_json(unfinished / "settings.json", settings)
@@ -212,13 +212,14 @@ class Run:
         shutil.rmtree(self.path(name), ignore_errors=True)
         os.replace(unfinished, self.path(name))
 
-    def log(self, stage, step, metrics):
-        """Append one JSON line to `log.jsonl`."""
+    def log(self, part, step, metrics):
+        """Append one JSON line to the running stage's `log.jsonl`; part: what of the stage it is about."""
         if distributed.rank():
             return
-        line = {"stage": stage, "step": step} | {key: round(float(value), 6) for key, value in metrics.items()}
-        with open(self.folder / "log.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        line, path = {"part": part, "step": step}, self._stage / "log.jsonl"
+        read_lines(path)  # what a kill has cut short is taken off
+        with open(path, "a") as file:
+            file.write(json.dumps(line | {key: round(float(value), 6) for key, value in metrics.items()}) + "\n")
 
 
 def check_settings(folder, settings: dict):
@@ -232,16 +233,20 @@ def check_settings(folder, settings: dict):
                             "choose another --output_dir, or delete that folder and those of the later stages")
 
 
-def read_log(path) -> dict[tuple[str, int], dict]:
-    """{(stage, step): the last line of `log.jsonl` about it}."""
-    records = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the run was killed while it wrote this line
-        records[record["stage"], record["step"]] = record
-    return records
+def read_lines(path) -> list[dict]:
+    """The lines of a JSON lines file. A last one that a kill has cut short is taken off the file."""
+    text = path.read_text() if path.exists() else ""
+    if not text.endswith("\n") and text:
+        text = text[:text.rfind("\n") + 1]
+        temporary = path.with_name(path.name + ".writing")
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def read_log(folder) -> dict[tuple[str, int], dict]:
+    """{(part, step): what the stages of a run, finished or not, logged of it last}."""
+    return {(line["part"], line["step"]): line for path in sorted(folder.glob("*/log.jsonl")) for line in read_lines(path)}
 
 
 def _flat(values, prefix="") -> dict:
@@ -325,20 +330,19 @@ def fit(name, model, make_batch, loss_fn, config: FitConfig, folder, seed, devic
 
     make_batch(step, generator): a training batch, B first; generator lives on the CPU and is a function of (seed, step).
     loss_fn draws from its generator for the whole batch and returns the mean over the samples `rows`, a slice.
-    log(step, metrics): receives the metrics averaged since the last call, every `save_every` steps.
+    log(name, step, metrics): receives the metrics averaged since the last call, every `save_every` steps.
     Raises UserError at the first loss that is not finite.
     """
     optimizer = Muon(model, config.lr, config.weight_decay) if config.muon else torch.optim.AdamW(
         model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     first, sums = load_resume(folder, model, optimizer), {}
-    if distributed.rank():
-        torch.manual_seed(seed + distributed.rank())  # for dropout, the one thing that is drawn row by row
     model.train()
     progress = tqdm(range(first, config.steps), initial=first, total=config.steps, desc=name, unit="step", mininterval=1)
     for step in progress:
         warm = min(1.0, (step + 1) / max(1, config.warmup))
         for group in optimizer.param_groups:
             group["lr"] = config.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / config.steps)))
+        torch.manual_seed(step_generator(seed + 1 + distributed.rank(), step).initial_seed())  # of dropout, drawn row by row
         batch = make_batch(step, step_generator(seed, step))
         optimizer.zero_grad(set_to_none=True)
         for rows, weight in parts(batch, config.accumulate):
@@ -357,7 +361,7 @@ def fit(name, model, make_batch, loss_fn, config: FitConfig, folder, seed, devic
             everyone = distributed.gather(sums)
             means = {key: sum(part[key][0] for part in everyone if key in part) /
                      sum(part[key][1] for part in everyone if key in part) for key in sums}
-            log(step + 1, means)
+            log(name, step + 1, means)
             progress.set_postfix({key: f"{value:.4g}" for key, value in list(means.items())[:3]})
             sums = {}
             save_resume(folder, step + 1, model, optimizer)

@@ -38,12 +38,12 @@ from intervals import proportion, summarize
 from libero_env import LiberoContext, LiberoVectorEnv, load_suite, step_limit
 from openvla import load_policy, pretrained_policy
 from openvla_memory import check_training
-from playing import control_steps, play, read_lines, short_tries
+from playing import control_steps, play, short_tries
 from policy import Policy, anchor_loss, clone_loss
 from ppo import add_lora, improve, make_optimizer, merge_lora, reference_of
 from reflector import Reflector, calibrate, reflector_loss
 from runs import (Run, UserError, clear_errors, find_model, fit, in_processes, load_resume, load_weights, read_json,
-                  read_log, save_resume, step_generator, write_json)
+                  read_lines, read_log, save_resume, step_generator, write_json)
 from virtual_env import VirtualEnv
 from world_model import WorldModel, grasp_loss, world_model_loss
 
@@ -143,7 +143,9 @@ def keep(stage, config, folder):
     if not source.is_dir():
         raise UserError(f"{source} is missing: --refresh takes a finished run folder")
     if rank() == 0:
-        shutil.copytree(source, folder, ignore=shutil.ignore_patterns("settings.json"), dirs_exist_ok=True)
+        shutil.copytree(source, folder, ignore=shutil.ignore_patterns("settings.json", "episodes.jsonl"), dirs_exist_ok=True)
+        if (source / "episodes.jsonl").exists():  # last: it says that the episodes are there
+            shutil.copy(source / "episodes.jsonl", folder)
     barrier()
 
 
@@ -161,8 +163,8 @@ def first_policy(config, run, device):
 
 def fit_clone(name, policy, episodes, config, run, folder, device):
     data = CloneData(episodes, policy.normalizer, config.policy.chunk_size, device)
-    fit(name, policy, lambda step, generator: data.batch(config.clone.batch_size, generator), clone_loss,
-        config.clone, folder, config.seed, device, lambda step, metrics: run.log(name, step, metrics))
+    fit(name, policy, lambda _, generator: data.batch(config.clone.batch_size, generator), clone_loss, config.clone, folder,
+        config.seed, device, run.log)
 
 
 def explore(config, run, folder, device):
@@ -175,17 +177,22 @@ def explore(config, run, folder, device):
         if not gather((folder / "episodes.jsonl").exists())[0]:  # rank 0 decides: it copies
             keep("explore", config, folder)
         before = read_lines(Path(config.refresh) / "explore" / "episodes.jsonl")
-        first = 1000 * (1 + max(line["seed"] for line in before.values()) // 1000)
+        first = 1000 * (1 + max(line["seed"] for line in before) // 1000)
     contexts = [LiberoContext(task, first + number) for task in config.task_ids for number in range(config.explore.episodes)]
-    env = LiberoVectorEnv(config.task, config.num_procs, config.policy.image_size, config.policy.chunk_size,
-                          config.max_steps, linger=config.explore.linger, mesh_cell=config.explore.mesh_cell, device=device)
-    with closing(env):
+    with closing(true_env(config, device, config.explore.linger)) as env:
         heats = [heat[x.seed % 1000 % len(heat)] for x in contexts]
         lines = play(policy, env, contexts, folder, "explore", config.seed, heats)
         tries = short_tries([Episode.load(folder / line["file"]) for line in lines], config)
         heats = [heat[(x.seed + x.take) % len(heat)] for x in tries]
         play(policy, env, tries, folder, "try", config.seed, heats, chunk_noise=True, persistence=config.explore.persistence)
     print(f"explore: {sum(line['oracle_stop'] for line in lines)} of {len(lines)} episodes succeeded")
+
+
+def true_env(config, device, linger=0) -> LiberoVectorEnv:
+    """The true simulator as exploration and RL use it: quicker meshes, whole chunks."""
+    size, L = config.policy.image_size, config.policy.chunk_size
+    return LiberoVectorEnv(config.task, config.num_procs, size, L, step_limit(config.task, config.max_steps, L), linger=linger,
+                           mesh_cell=config.explore.mesh_cell, device=device)
 
 
 def demonstrations(run):
@@ -217,24 +224,23 @@ def simulate(config, run, folder, device):
     world = compiled(WorldModel(config.world_model, cameras, normalizer).to(device), config)
     if config.refresh or config.init_world:
         load_weights(find_model(config.init_world or Path(config.refresh) / "simulate", "--init_world "), world)
-    fit("simulate", world, lambda step, generator: data.world_batch(config.simulate.batch_size, generator),
-        world_model_loss, config.simulate, folder, config.seed, device,
-        lambda step, metrics: run.log("simulate", step, metrics))
+    fit("simulate", world, lambda _, generator: data.world_batch(config.simulate.batch_size, generator),
+        world_model_loss, config.simulate, folder, config.seed, device, run.log)
     copies = ChunkData(imagined_copies(world, recorded, folder / "drift"), L, device, truth=recorded)
-    half = config.drift.batch_size // 2
-    fit("drift", world, lambda _, generator: joined(data.world_batch(half, generator), copies.world_batch(half, generator)),
-        world_model_loss, config.drift, folder / "drift", config.seed, device,
-        lambda step, metrics: run.log("drift", step, metrics))
+    fit("drift", world, half_imagined(data.world_batch, copies.world_batch, config.drift.batch_size), world_model_loss,
+        config.drift, folder / "drift", config.seed, device, run.log)
     copies = ChunkData(imagined_copies(world, recorded, folder / "imagined"), L, device)
-    half = config.grasp.batch_size // 2
-    fit("grasp", world.grasp_predictor,
-        lambda _, generator: joined(data.grasp_batch(half, generator), copies.grasp_batch(half, generator)),
+    fit("grasp", world.grasp_predictor, half_imagined(data.grasp_batch, copies.grasp_batch, config.grasp.batch_size),
         lambda _, batch, generator, rows: grasp_loss(world, batch, generator, rows), config.grasp, folder / "grasp",
-        config.seed, device, lambda step, metrics: run.log("grasp", step, metrics))
+        config.seed, device, run.log)
     if rank():
         return
     world.save_pretrained(folder)
     write_json(folder / "held_out.json", horizon_errors(world, held_out, horizons=(1, 5, 10), every=4))
+
+
+def half_imagined(true_batch, imagined_batch, size):  # -> a `make_batch` of `fit`
+    return lambda _, generator: joined(true_batch(size - size // 2, generator), imagined_batch(size // 2, generator))
 
 
 def reflect(config, run, folder, device):
@@ -244,17 +250,15 @@ def reflect(config, run, folder, device):
     """
     training, held_out = explored(config, run)
     world = frozen(WorldModel, run.path("simulate"), config, device)
-    L, size = config.policy.chunk_size, config.reflect.batch_size
+    L = config.policy.chunk_size
     true = ChunkData(demonstrations(run) + training, L, device)
     imagined = ChunkData(load_episodes(run.path("simulate") / "imagined"), L, device)
     torch.manual_seed(config.seed)
     reflector = compiled(Reflector(config.reflector).to(device), config)
     if config.refresh:
         load_weights(Path(config.refresh) / "reflect", reflector)
-    fit("reflect", reflector, lambda step, generator: joined(true.frame_batch(size // 2, generator),
-                                                             imagined.frame_batch(size - size // 2, generator)),
-        reflector_loss, config.reflect, folder, config.seed, device,
-        lambda step, metrics: run.log("reflect", step, metrics))
+    fit("reflect", reflector, half_imagined(true.frame_batch, imagined.frame_batch, config.reflect.batch_size),
+        reflector_loss, config.reflect, folder, config.seed, device, run.log)
     if rank():
         return
     worlds = {"true": held_out, "imagined": imagine_episodes(world, None, held_out, seed=1)[0]}
@@ -323,8 +327,8 @@ def imagine(config, run, folder, device):
                 look(iteration + 1)
             save_resume(folder, iteration + 1, policy, optimizer)
     barrier()
-    looks = {step: record["true_success"] for (stage, step), record in read_log(run.folder / "log.jsonl").items()
-             if stage == "check" and (folder / f"check_{step:04d}" / "resume.safetensors").exists()}
+    looks = {step: record["true_success"] for (part, step), record in read_log(run.folder).items()
+             if part == "check" and (folder / f"check_{step:04d}" / "resume.safetensors").exists()}
     if looks:
         best = max(looks, key=lambda step: (looks[step], -step))
         load_resume(folder / f"check_{best:04d}", policy, optimizer)
@@ -338,7 +342,7 @@ def check(config, run, policy, folder, device) -> dict:
     """Success of the greedy policy in the true simulator, and in imagination from the same first frames; and how far apart
     its hand is in the two."""
     contexts = [LiberoContext(task, CHECK_SEED + n) for task in config.task_ids for n in range(config.check.episodes)]
-    with closing(true_world(config, device)[0]) as env:
+    with closing(true_env(config, device)) as env:
         lines = play(policy, env, contexts, folder, "check", config.seed)
     data = ChunkData(load_episodes(folder), config.policy.chunk_size, device)
     stopped, states = imagine_policy(policy, *load_world(config, run, device), data.first_starts(),
@@ -372,19 +376,17 @@ def virtual_world(config, run, device):
         return [replace(context, luck=value) for context, value in zip(starts, luck.tolist())]
 
     mine, K = shard(range(config.ppo.groups)), config.ppo.group_size
-    return VirtualEnv(*load_world(config, run, device), replace(config.virtual, seed=config.seed), len(mine) * K, K,
-                      mine[0] * K, config.ppo.groups * K), draw
+    return VirtualEnv(*load_world(config, run, device), config.virtual, len(mine) * K, K, mine[0] * K,
+                      config.ppo.groups * K, config.seed), draw
 
 
 def true_world(config, device):
-    """The RIPT-VLA baseline: the same loop, the true simulator, sparse true rewards."""
-    env = LiberoVectorEnv(config.task, config.num_procs, config.policy.image_size, config.policy.chunk_size,
-                          config.max_steps, mesh_cell=config.explore.mesh_cell, device=device)
-
+    """The RIPT-VLA baseline: the same loop, the true simulator, sparse true rewards. Rollouts start at first frames, so
+    give it all chunks to explore (`--ppo.explore_chunks 0`)."""
     def draw(count, generator) -> list[LiberoContext]:
         return [LiberoContext(config.task_ids[int(torch.randint(len(config.task_ids), (), generator=generator))],
                               10_000_000 + int(torch.randint(10**6, (), generator=generator))) for _ in range(count)]
-    return env, draw
+    return true_env(config, device), draw
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -400,7 +402,7 @@ def evaluate(config, run, folder, device):
     results = summarize(lines, config.evaluate.stop) | {"imagined": {}}
     if config.evaluate.imagine:
         starts = ChunkData(load_episodes(folder / "cloned"), sizes.chunk_size, device).first_starts()
-        horizon = (config.max_steps or step_limit(config.task)) // sizes.chunk_size
+        horizon = step_limit(config.task, config.max_steps) // sizes.chunk_size
         for name, policy in tqdm(policies.items(), desc="evaluate in imagination", unit="policy"):
             stopped, _ = imagine_policy(policy, world, reflector, starts, horizon, config.virtual)
             results["imagined"][name] = proportion(stopped)

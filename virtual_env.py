@@ -31,7 +31,6 @@ class VirtualEnvConfig:
     horizon: int = 20  # chunks after which an imagined episode is cut off (T_max)
     stop: StopRule = field(default_factory=StopRule)
     shared_noise: bool = True  # the rollouts of a group get the same noise: it cancels in their advantage
-    seed: int = 0  # of the diffusion noise
 
 
 class VirtualEnv(gym.vector.VectorEnv):
@@ -42,13 +41,14 @@ class VirtualEnv(gym.vector.VectorEnv):
     noise, step for step, so reset them together. `reflector.score(first, previous, current, instruction, fingers)`
     -> (b,) gets frames uint8 (b, V, 3, H, W); without a reflector nothing ends early, scores are NaN and rewards 0.
     first, total: these are the slots from `first` on of `total`, the rest being other processes' (the same noise).
+    seed: of the diffusion noise.
     """
     metadata = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
 
     def __init__(self, world_model: WorldModel, reflector, config: VirtualEnvConfig, num_envs: int,
-                 group_size: int = 1, first: int = 0, total: int | None = None):
+                 group_size: int = 1, first: int = 0, total: int | None = None, seed: int = 0):
         self.model, self.reflector, self.config, self.num_envs = world_model, reflector, config, num_envs
-        self.group_size, self.first = group_size if config.shared_noise else 1, first
+        self.seed, self.group_size, self.first = seed, group_size if config.shared_noise else 1, first
         self.groups = -(-(total or num_envs) // self.group_size)  # of all slots, here or not
         size, L = world_model.config.image_size, world_model.config.chunk_size
         self.single_observation_space = gym.spaces.Dict({
@@ -72,7 +72,7 @@ class VirtualEnv(gym.vector.VectorEnv):
 
     def reset_noise(self, iteration: int):
         """Make the noise from here on a function of (seed, iteration): training can resume anywhere."""
-        self.generator.manual_seed(self.config.seed * 1_000_003 + iteration)
+        self.generator.manual_seed(self.seed * 1_000_003 + iteration)
 
     def reset(self, contexts: list[StartContext], mask: Tensor | None = None):
         """Start the slots where mask (B,) is True (None: all) from their entry of `contexts`. -> obs, info"""

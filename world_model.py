@@ -157,7 +157,8 @@ class WorldModel(nn.Module):
     def grasp_logits(self, images: Tensor, state: Tensor, previous_actions: Tensor, actions: Tensor,
                      task: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`predict_pose`; logits and places (B, 2, BINS) of fingers and lift. images (B, V, 3, H, W) in [-1, 1]"""
-        next_pose = self.predict_pose(state, previous_actions, actions)
+        with torch.no_grad():  # `free_air_loss` trains it
+            next_pose = self.predict_pose(state, previous_actions, actions)
         cameras = self.cameras.of(task)
         seen = surroundings(images, state, next_pose, previous_actions, actions, cameras, self.normalizer)
         return next_pose, *self.grasp_predictor(*seen, opening(state))

@@ -23,7 +23,7 @@ def test_sizes_that_differ_are_one_clear_line(flag):
         config.parse([flag])
 
 
-@pytest.mark.parametrize("flags", ["--explore.held_out=0", "--explore.held_out=16", "--evaluate.episodes=0"])
+@pytest.mark.parametrize("flags", ["--explore.held_out=0", "--explore.held_out=17", "--evaluate.episodes=0"])
 def test_nothing_to_test_on_is_one_clear_line(flags):
     with pytest.raises(UserError, match="--explore.held_out.*above 0"):
         config.parse([flags])

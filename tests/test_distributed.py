@@ -63,7 +63,7 @@ def train_all(folder, accumulate=1):
         before = vector(model)
         with mock.patch("torch.optim.AdamW", torch.optim.SGD):
             fit(name, model, make_batch, loss_fn, config, folder / name, 0, CPU,
-                lambda step, metrics: log.update({name: metrics}))
+                lambda name, step, metrics: log.update({name: metrics}))
         weights[name] = vector(model) - before
 
     torch.manual_seed(0)

@@ -1,5 +1,6 @@
 """Promises of the true simulator. One simulator is built for the whole file."""
 import contextlib
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -182,6 +183,7 @@ def test_unknown_names_are_one_clear_line_that_lists_the_known_ones():
     with pytest.raises(UserError, match="0 to 9"):
         LiberoTask("libero_object", 10)
     assert step_limit("libero_object") == step_limit("libero_object_swap") == 280 and step_limit("libero_10") == 520
+    assert step_limit("libero_spatial", 0, 8) == 216 and step_limit("libero_spatial", 30) == 30, "whole chunks; a limit of one's own"
 
 
 def test_seeded_resets_put_things_on_their_fixture_again_and_again():
@@ -194,3 +196,13 @@ def test_seeded_resets_put_things_on_their_fixture_again_and_again():
             assert np.abs(bowl - top)[:2].max() < 0.13 and abs(bowl[2] - top[2]) < 0.01
     finally:
         task.close()
+
+
+@pytest.mark.parametrize("command", [["recv"], ["send", "chunk"]])
+def test_a_simulator_that_died_is_one_clear_line(command):
+    here, there = multiprocessing.Pipe()
+    there.close()
+    env = object.__new__(LiberoVectorEnv)
+    env._pipes = [here]
+    with pytest.raises(UserError, match="simulator process 0 died.*run the same command"):
+        env._pipe(0, *command)

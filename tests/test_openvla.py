@@ -363,7 +363,7 @@ def cloned(policy, tmp_path, steps=2):
     batch = make_batch(policy)
     before = {name: value.clone() for name, value in policy.state_dict().items()}
     fit("clone", policy, lambda step, generator: batch, clone_loss, FitConfig(steps=steps, warmup=1, lr=1e-3), tmp_path, 0,
-        torch.device("cpu"), lambda step, metrics: None)
+        torch.device("cpu"), lambda *_: None)
     return moved(policy, before)
 
 

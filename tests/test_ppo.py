@@ -405,7 +405,7 @@ def test_neighbours_share_their_start_context():
     metrics = improve(policy, optimizer, env, draw_contexts, config, step_generator(0, 0))
     want = draw_contexts(3, step_generator(0, 0))
     assert env.resets == [context.tolist() for context in want for _ in range(4)]
-    assert 0 <= metrics["imagined_success"] <= 1 and 1 <= metrics["stop_chunk"] <= HORIZON
+    assert 0 <= metrics["success_rate"] <= 1 and 1 <= metrics["stop_chunk"] <= HORIZON
 
 
 def test_groups_without_advantage_are_counted():

@@ -1,6 +1,11 @@
 """The README's claims about the repository."""
 import re
+import shlex
 from pathlib import Path
+
+import pytest
+
+import config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -14,6 +19,12 @@ def test_the_file_table_names_every_module_and_no_other():
 def test_ci_runs_the_readmes_test_command():
     command = re.search(r"&& (\.venv/bin/python -m pytest.*)", README).group(1).strip()
     assert command in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("flags", re.findall(r"`(--[^`]+)`", README.split("## Fork it")[1].split("\n## ")[0]))
+def test_flags_that_the_readme_names_change_something(flags):
+    if flags != "--output_dir":
+        assert config.parse(shlex.split(flags)) != config.parse([])
 
 
 def test_functions_that_the_readme_names_exist():

@@ -14,7 +14,7 @@ MILK, SOUP = "pick up the milk and place it in the basket", "pick up the soup an
 
 def tiny(**changes):
     torch.manual_seed(0)
-    return Reflector(ReflectorConfig(**{"image_size": 32, "channels": 16, "width": 32, "dropout": 0.0, **changes}))
+    return Reflector(ReflectorConfig(**{"channels": 16, "width": 32, "dropout": 0.0, **changes}))
 
 
 def clips(count=8, seed=0, T=5, size=32):

@@ -1,5 +1,6 @@
 """Promises of the run folder and of the training loop."""
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,15 +12,15 @@ from torch import nn
 import runs
 from policy import Policy
 from reflector import Reflector
-from runs import (FitConfig, Run, UserError, fit, load_resume, load_weights, read_json, save_model, save_resume,
-                  step_generator, write_json)
+from runs import (FitConfig, Run, UserError, fit, load_resume, load_weights, read_json, read_log, save_model,
+                  save_resume, step_generator, write_json)
 from tiny_models import CAMERAS, NORMALIZER, POLICY, REFLECTOR, WORLD
 from world_model import WorldModel
 
 CPU = torch.device("cpu")
 
 
-def train_line(folder, steps, total=8, lr=0.1, width=1, muon=False):
+def train_line(folder, steps, total=8, lr=0.1, width=1, muon=False, dropout=0.0):
     """Fit y = 2x for `steps` of `total` steps, resuming what `folder` holds. The schedule is that of `total` steps."""
     torch.manual_seed(0)
     model = nn.Linear(width, width)
@@ -32,18 +33,18 @@ def train_line(folder, steps, total=8, lr=0.1, width=1, muon=False):
 
     def loss_fn(model, batch, generator, rows):
         noise = 0.01 * torch.randn(4, 1, generator=generator)
-        loss = (model(batch["x"]) + noise - batch["y"])[rows].square().mean()
+        loss = (model(nn.functional.dropout(batch["x"], dropout)) + noise - batch["y"])[rows].square().mean()
         return loss, {"loss": loss.item()}
 
     config = FitConfig(steps=total, lr=lr, warmup=2, save_every=2, muon=muon)
     try:
-        fit("line", model, batch, loss_fn, config, folder, 0, CPU, lambda step, metrics: None)
+        fit("line", model, batch, loss_fn, config, folder, 0, CPU, lambda *_: None)
     except KeyboardInterrupt:
         pass
     return model
 
 
-@pytest.mark.parametrize("how", [{}, {"width": 40, "muon": True}], ids=["adamw", "muon"])
+@pytest.mark.parametrize("how", [{}, {"width": 40, "muon": True}, {"width": 8, "dropout": 0.5}], ids=["adamw", "muon", "dropout"])
 def test_stop_and_resume_equals_a_straight_run_bit_for_bit(how, tmp_path):
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     straight = train_line(tmp_path / "a", 8, **how)
@@ -106,7 +107,7 @@ def test_a_second_process_cannot_use_the_same_run_folder(tmp_path):
     run = Run(tmp_path)
     other = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert other.returncode == 2 and "in use by another process" in other.stderr and "Traceback" not in other.stderr
-    run.unlock()
+    del run
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path)]).returncode == 0
 
 
@@ -134,8 +135,14 @@ def test_a_full_disk_is_one_clear_line():
 
 
 def test_the_log_is_json_lines(tmp_path):
-    Run(tmp_path).log("clone", 3, {"loss": torch.tensor(0.5)})
-    assert json.loads((tmp_path / "log.jsonl").read_text()) == {"stage": "clone", "step": 3, "loss": 0.5}
+    run, line = Run(tmp_path), {"part": "drift", "step": 3, "loss": 0.5}
+    with run.stage("simulate", {}) as folder:
+        (folder / "log.jsonl").write_text(json.dumps({"part": "simulate", "step": 2}) + '\n{"part": "si')  # killed
+        run.log("drift", 3, {"loss": torch.tensor(0.5)})
+        assert [json.loads(text) for text in (folder / "log.jsonl").read_text().splitlines()][1:] == [line]
+    assert read_log(tmp_path) == {("simulate", 2): {"part": "simulate", "step": 2}, ("drift", 3): line}
+    shutil.rmtree(tmp_path / "simulate")  # as a user does before the stage is made again
+    assert not read_log(tmp_path)
     write_json(tmp_path / "deep" / "x.json", [1])
     assert read_json(tmp_path / "deep" / "x.json") == [1]
 

@@ -274,7 +274,7 @@ def test_both_worlds_are_looked_at_between_rl_iterations(finished, tmp_path):
     folder = copy_of(finished, tmp_path, ["imagine", "evaluate"])
     call("train.py", *TINY, "--stages", "imagine", "--ppo.iterations", 1, "--check.every", 2, "--check.episodes", 1,
          "--output_dir", folder)  # the last iteration is looked at, whatever --check.every divides
-    looks = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines() if '"check"' in line]
+    looks = [json.loads(line) for line in (folder / "imagine" / "log.jsonl").read_text().splitlines() if '"check"' in line]
     assert [look["step"] for look in looks[-2:]] == [0, 1]
     assert {"true_success", "imagined_success", "hand_apart_mm_1"} <= set(looks[-1])
     seeds = {json.loads(line)["seed"] for line in (folder / "imagine" / "check_0001" / "episodes.jsonl").read_text().splitlines()}
@@ -363,6 +363,10 @@ def test_world_measures_the_imagination_on_episodes_of_its_own_and_goes_on_where
         assert (folder / f"{name}.png").stat().st_size > 5_000
     call(*command)
     assert (folder / "episodes.jsonl").read_text() == lines
+    for other, words in ((["--temperatures", 1.0], "temperatures"), (["--task_ids", 7], "what the run was trained on"),
+                         (["--stop", "self"], "leave out --stop")):
+        with pytest.raises(UserError, match=words):
+            call(*command, *other)
 
 
 def test_the_benchmark_compares_both_worlds_on_this_machine(finished, capsys):
@@ -415,7 +419,7 @@ def test_bad_names_and_folders_are_refused(tmp_path, capsys):
 
 def test_other_settings_and_damaged_files_are_refused_and_finished_stages_stay(finished, tmp_path):
     folder = copy_of(finished, tmp_path, ["evaluate", "imagine"])
-    sizes = [f"--{part}.image_size=128" for part in ("policy", "world_model", "reflector")]
+    sizes = [f"--{part}.image_size=128" for part in ("policy", "world_model")]
     for other, words in ((["--policy.width", 32], "policy.width 64"), (["--task", "libero_goal"], "libero_object"),
                          (sizes, "policy.image_size 64")):
         with pytest.raises(UserError, match=words):

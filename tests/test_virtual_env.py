@@ -56,7 +56,7 @@ def test_an_action_changes_the_next_frame_and_none_before():
 
 def test_same_seed_same_rollout_and_another_at_the_next_reset():
     contexts, actions, model = make_contexts(2), make_actions(2, 3), make_model()
-    env, twin, other = (VirtualEnv(model, NeverDone(), VirtualEnvConfig(seed=seed), 2) for seed in (7, 7, 8))
+    env, twin, other = (VirtualEnv(model, NeverDone(), VirtualEnvConfig(), 2, seed=seed) for seed in (7, 7, 8))
     first = play(env, contexts, actions)
     assert torch.equal(first, play(twin, contexts, actions))
     assert not torch.equal(first, play(other, contexts, actions))

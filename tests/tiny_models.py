@@ -15,4 +15,4 @@ NORMALIZER = Normalizer([-1.0] * 7, [1.0] * 7, [-0.3, -0.3, 0.0, -3.5, -3.5, -3.
 POLICY = replace(PolicyConfig.tiny(), image_size=SIZE, chunk_size=L)
 WORLD = WorldModelConfig(image_size=SIZE, channels=(16, 32), chunk_size=L, state_width=32, grasp_channels=8,
                          attention=False, grasp_dropout=0.0)  # dropout is the one thing that processes draw apart
-REFLECTOR = ReflectorConfig(image_size=SIZE, channels=8, width=16, dropout=0.0)
+REFLECTOR = ReflectorConfig(channels=8, width=16, dropout=0.0)
