@@ -42,7 +42,7 @@ class StartConfig:
     midway: float = 0.1  # fraction that starts at any later frame in which the task is not done
     hottest: float = 2.0  # only episodes explored at most at this temperature: in hotter ones the hand is often lost
     demonstrations: bool = True  # start in demonstrations, too, whose states the policy itself seldom comes to
-    luck: float = 1.0  # 1: fingers and lift take a quantile of what may happen, drawn for each start; 0: the median
+    quantiles: float = 1.0  # share of the quantiles, around the median, that a start's fingers and lift are drawn from
     focus: float = 1.0  # a task's share of the starts grows with its failures in exploration, to this power; 0: all alike
 
 
@@ -167,7 +167,7 @@ def parse(arguments: list[str]) -> TrainConfig:
     if min(config.virtual.stop.confirm, config.evaluate.stop.confirm) < 1:
         raise UserError("--virtual.stop.confirm and --evaluate.stop.confirm are frames in a row: 1 or more")
     if min(config.drift.batch_size, config.grasp.batch_size, config.reflect.batch_size) < 2:
-        raise UserError("half a batch is imagined: --drift.batch_size, --grasp.batch_size, --reflect.batch_size must be 2 or more")
+        raise UserError("half a batch is imagined: --drift., --grasp. and --reflect.batch_size must be 2 or more")
     if config.max_steps < config.policy.chunk_size and config.max_steps:
         raise UserError(f"--max_steps must be 0 (the suite's limit) or at least a chunk, {config.policy.chunk_size}")
     return config

@@ -191,7 +191,7 @@ class StartContext:
     instruction: str
     previous_actions: np.ndarray  # (L, 7): the chunk that led here, zeros at the start of an episode
     task_id: int
-    luck: float = 0.5  # the quantile that the fingers' opening takes, and 1 - luck that of the lift; 0.5: the median
+    quantile: float = 0.5  # of the fingers' opening in this rollout, 1 - quantile of the lift; 0.5: the median
 
 
 def finger_moments(states) -> dict[str, list[int]]:

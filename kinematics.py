@@ -166,7 +166,7 @@ def quantile(logits: Tensor, places: Tensor, uniform: Tensor) -> Tensor:
 
 def in_contact(pose: Tensor, logits: Tensor, places: Tensor, uniform: Tensor) -> Tensor:
     """The free hand's pose (B, 8), logits and places (B, 2, BINS) -> the state (B, 8): its fingers, evenly apart, and its
-    lift, both drawn by uniform (B,). The less luck, the less they hold and the higher on the object the hand is stopped."""
+    lift, both drawn by uniform (B,). The lower, the less they hold and the higher on the object the hand is stopped."""
     apart = MAX_OPENING * quantile(logits[:, 0], places[:, 0], uniform).square()
     lift = LOWEST + LIFTS * quantile(logits[:, 1], places[:, 1], 1 - uniform)
     lift = torch.where(lift.abs() > LIFTS / BINS / 2, lift, 0.0)  # within the middle bin: none

@@ -190,8 +190,8 @@ def explore(config, run, folder, device):
 
 def true_env(config, device, linger=0) -> LiberoVectorEnv:
     """The true simulator as exploration and RL use it: quicker meshes, whole chunks."""
-    size, L = config.policy.image_size, config.policy.chunk_size
-    return LiberoVectorEnv(config.task, config.num_procs, size, L, step_limit(config.task, config.max_steps, L), linger=linger,
+    L, limit = config.policy.chunk_size, step_limit(config.task, config.max_steps, config.policy.chunk_size)
+    return LiberoVectorEnv(config.task, config.num_procs, config.policy.image_size, L, limit, linger=linger,
                            mesh_cell=config.explore.mesh_cell, device=device)
 
 
@@ -372,8 +372,8 @@ def virtual_world(config, run, device):
         keys = [([*kinds][name], config.task_ids[task]) for name, task in zip(names, tasks)]
         chosen = [pools.get(key) or pools["opening", key[1]] for key in keys]  # a task may have no such frame
         starts = data.starts([pool[int(torch.randint(len(pool), (), generator=generator))] for pool in chosen])
-        luck = 0.5 + start.luck * (torch.rand(count, generator=generator) - 0.5)
-        return [replace(context, luck=value) for context, value in zip(starts, luck.tolist())]
+        drawn = 0.5 + start.quantiles * (torch.rand(count, generator=generator) - 0.5)
+        return [replace(context, quantile=value) for context, value in zip(starts, drawn.tolist())]
 
     mine, K = shard(range(config.ppo.groups)), config.ppo.group_size
     return VirtualEnv(*load_world(config, run, device), config.virtual, len(mine) * K, K, mine[0] * K,

@@ -65,7 +65,7 @@ class VirtualEnv(gym.vector.VectorEnv):
         self.previous_actions = torch.zeros(num_envs, L, 7, device=self.device)
         self.begin, self.time = torch.zeros(2, num_envs, dtype=torch.long, device=self.device)  # first imagined, last frame
         self.alive = torch.zeros(num_envs, dtype=torch.bool, device=self.device)
-        self.luck = torch.zeros(num_envs, device=self.device)  # quantile of the fingers' opening; 1 - luck: of the lift
+        self.quantile = torch.zeros(num_envs, device=self.device)  # of the fingers' opening; 1 - quantile: of the lift
         self.task, self.instruction = torch.zeros(num_envs, dtype=torch.long, device=self.device), [""] * num_envs
         self.generator = torch.Generator()  # on the CPU: the same noise on every device
         self.reset_noise(0)
@@ -85,7 +85,7 @@ class VirtualEnv(gym.vector.VectorEnv):
             start, seen = contexts[i], len(contexts[i].images)
             self.frames[i, :seen], self.states[i, :seen] = torch.from_numpy(start.images), torch.from_numpy(start.states)
             self.previous_actions[i], self.task[i] = torch.from_numpy(start.previous_actions), start.task_id
-            self.begin[i], self.time[i], self.luck[i] = seen - 1, seen - 1, start.luck
+            self.begin[i], self.time[i], self.quantile[i] = seen - 1, seen - 1, start.quantile
             self.alive[i], self.scores[i], self.instruction[i] = True, 0.0, start.instruction
         return self.observe(), {}
 
@@ -127,7 +127,7 @@ class VirtualEnv(gym.vector.VectorEnv):
         memory = slots[:, None], memory_index(time, self.states[slots])  # (b, 1), (b, F)
         if next_state is None:
             next_state = self.model.predict_state(self.frames[slots, time], self.states[slots, time],
-                                                  self.previous_actions[slots], actions, self.luck[slots], task)
+                                                  self.previous_actions[slots], actions, self.quantile[slots], task)
         images = self.model.sample(self.frames[memory], self.states[memory], next_state, actions, noise, task)
         self.frames[slots, time + 1], self.states[slots, time + 1] = images, next_state
         self.previous_actions[slots], self.time[slots] = actions, time + 1

@@ -58,7 +58,7 @@ def test_sure_distributions_give_back_opening_and_lift_within_their_bins(metres,
     logits, places = 50 * F.one_hot(target, BINS).float(), place[..., None].expand(1, 2, BINS)
     for uniform in (0.01, 0.5, 0.99):
         state = in_contact(free, logits, places, torch.tensor([uniform]))
-        assert (opening(state) - metres).abs() < 1e-5 and state[0, 6] == -state[0, 7], "whatever the luck"
+        assert (opening(state) - metres).abs() < 1e-5 and state[0, 6] == -state[0, 7], "whatever the quantile"
         assert (state[0, 2] - there[0, 2]).abs() < (LIFTS / BINS / 2 if lift == 0 else 1e-5)
         assert torch.equal(state[:, [0, 1, 3, 4, 5]], free[:, [0, 1, 3, 4, 5]]), "nothing else moves"
 
@@ -150,6 +150,6 @@ def test_fingers_can_be_told_to_stay_where_they_are():
     state = holding(metres)
     images, actions = torch.rand(16, 2, 3, 32, 32) - 1, torch.ones(16, 4, 7)
     logits, places = net(*surroundings(images, state, state, actions, actions, CAMERAS, NORMALIZER), opening(state))
-    for luck in (0.1, 0.5, 0.9):  # until it has learned otherwise, as far apart as they were
-        held = quantile(logits[:, 0], places[:, 0], torch.full((16,), luck))
-        assert (held - openness(metres)).abs().max() < (1e-5 if luck == 0.5 else 1 / BINS)
+    for place in (0.1, 0.5, 0.9):  # until it has learned otherwise, as far apart as they were
+        held = quantile(logits[:, 0], places[:, 0], torch.full((16,), place))
+        assert (held - openness(metres)).abs().max() < (1e-5 if place == 0.5 else 1 / BINS)

@@ -238,10 +238,10 @@ def test_rl_starts_in_demonstrations_unless_told_not_to_and_something_mild_was_e
     monkeypatch.setattr(train, "VirtualEnv", lambda *_: None)
     _, draw = train.virtual_world(TrainConfig(task_ids=(3,), start=settings), None, "cpu")
     assert {float(start.states[-1, 0]) for start in draw(40, torch.Generator().manual_seed(0))} == where
-    lucks = [start.luck for start in draw(40, torch.Generator().manual_seed(0))]
-    assert len(set(lucks)) == 40 and min(lucks) < 0.2 and max(lucks) > 0.8
-    _, draw = train.virtual_world(TrainConfig(task_ids=(3,), start=replace(settings, luck=0.0)), None, "cpu")
-    assert {start.luck for start in draw(9, torch.Generator())} == {0.5}
+    quantiles = [start.quantile for start in draw(40, torch.Generator().manual_seed(0))]
+    assert len(set(quantiles)) == 40 and min(quantiles) < 0.2 and max(quantiles) > 0.8
+    _, draw = train.virtual_world(TrainConfig(task_ids=(3,), start=replace(settings, quantiles=0.0)), None, "cpu")
+    assert {start.quantile for start in draw(9, torch.Generator())} == {0.5}
 
 
 FEW = ["--clone.steps", 2, "--clone.batch_size", 2, "--ppo.iterations", 1, "--ppo.groups", 1, "--ppo.group_size", 2,

@@ -75,11 +75,11 @@ def test_groups_share_their_noise():
     assert not torch.equal(frames[0], frames[1])
 
 
-def test_a_start_tells_how_lucky_the_fingers_are_in_all_of_its_rollout():
+def test_a_start_tells_which_quantile_the_fingers_take_in_all_of_its_rollout():
     model, seen, contexts = make_model(), [], make_contexts(3)
     inner = model.predict_state
     model.predict_state = lambda *given: (seen.append(given[4].tolist()), inner(*given))[1]
-    play(VirtualEnv(model, None, VirtualEnvConfig(), 3), [contexts[0], replace(contexts[1], luck=0.25), contexts[2]], make_actions(3, 2))
+    play(VirtualEnv(model, None, VirtualEnvConfig(), 3), [contexts[0], replace(contexts[1], quantile=0.25), contexts[2]], make_actions(3, 2))
     assert seen == [[0.5, 0.25, 0.5]] * 2
 
 
