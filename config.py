@@ -110,7 +110,7 @@ def tiny() -> TrainConfig:
 
 def medium() -> TrainConfig:
     """What a GPU does in ten minutes, with small's demonstrations, clone and exploration: a simulator twice as large that
-    learns from five times as many pictures, and RL from four times as many rollouts."""
+    learns from eleven times as many pictures, and RL from four times as many rollouts."""
     return TrainConfig(
         preset="medium", world_model=WorldModelConfig(),
         simulate=FitConfig(steps=2000, batch_size=64, lr=8e-4), drift=FitConfig(steps=700, batch_size=64, lr=4e-4),
