@@ -149,7 +149,7 @@ def test_bfloat16_is_for_the_unet_alone(monkeypatch, tmp_path):
         types["product"] = (batch["next_state"] @ torch.eye(8)).dtype
         return world_model_loss(*arguments)
     runs.fit("toy", model, lambda step, generator: batch, loss, runs.FitConfig(steps=1), tmp_path, 0, torch.device("cpu"),
-             lambda step, metrics: None)
+             lambda *_: None)
     assert types == {"unet": torch.bfloat16, "embedding": torch.float32, "product": torch.float32}
 
 
