@@ -77,6 +77,8 @@ def test_a_perfect_world_has_no_error_whatever_the_lengths_and_other_actions_are
     lost.predict_state = lambda images, state, *_: state + 1
     for track, (frames, states, _) in zip(data.tracks, open_loop(lost, None, data, [(k, 0) for k in range(4)], 10, true_states=True)):
         assert np.array_equal(states, track.states), "the robot goes where it truly went"
+    (levels, _, _), = open_loop(Mover(), None, data, [(1, 0)], 10, [(3, 1)])
+    assert levels[:, 0, 0, 0, 0].tolist() == [50, 80, 80, 110, 110, 140, 140], "other actions begin anew where they end"
     errors = horizon_errors(Mover(), EPISODES, horizons=(1, 2), every=1)
     assert errors["psnr_wrist_2_predicted"] == 100 and errors["ssim_agentview_1_predicted"] == 1
     assert errors["psnr_wrist_2_still"] < 30 and errors["psnr_wrist_2_shuffled"] < 40
