@@ -42,10 +42,11 @@ MEANING = {  # what the reflector's numbers mean
 }
 
 
-def write_run(run, about: dict, control_steps: dict):
+def write_run(run, config, control_steps: dict):
     """results.json, report.md and the learning curves, from what the stages left; print the report."""
     held_out = {name: read_json(run.path(stage) / "held_out.json") for name, stage in
                 (("world_model", "simulate"), ("reflector", "reflect"))}
+    about = {name: getattr(config, name) for name in ("task", "preset", "seed")}
     results = about | read_json(run.path("evaluate") / "results.json") | held_out | {
         "videos": str(run.path("evaluate") / "videos"), "stages": run.seconds(), "control_steps": control_steps}
     write_json(run.folder / "results.json", results)
@@ -120,7 +121,7 @@ def _task_table(per_task, instructions) -> str:
     columns = [(policy, stop) for policy, tasks in per_task.items() for stop in next(iter(tasks.values()))]
     rows = [[f"{task} {instructions.get(task, '')}".strip(),
              *(_rate(per_task[policy][task][stop]) for policy, stop in columns)] for task in next(iter(per_task.values()))]
-    return _markdown(["task", *(f"{name_of(policy)}, {COLUMNS[stop]}" for policy, stop in columns)], rows)
+    return _markdown(["task", *(f"{name_of(policy)}, {COLUMNS.get(stop, stop)}" for policy, stop in columns)], rows)
 
 
 def _length_table(lengths) -> str:

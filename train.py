@@ -7,7 +7,7 @@
 Every stage reads what earlier stages left under runs/<task>/ and leaves its own folder there. A finished stage is
 skipped; a killed run goes on where it was with the same command. To redo a stage, delete its folder and those after it.
 
-    python train.py --task libero_object                                   # everything, in an hour on two cores
+    python train.py --task libero_object                                   # everything, 85 minutes on two slow cores
     python train.py --task libero_object --preset tiny                     # all stages on two tasks in minutes
 """
 from __future__ import annotations
@@ -83,8 +83,7 @@ def train(config: TrainConfig):
         elif any(later in config.stages for later in STAGES[STAGES.index(name):]):
             raise UserError(f"{run.path(name)} is missing: add {name} to --stages")
     if run.path("evaluate").is_dir() and rank() == 0:
-        about = {"task": config.task, "preset": config.preset, "seed": config.seed}
-        report.write_run(run, about, control_steps(run, config.rl_env))
+        report.write_run(run, config, control_steps(run, config.rl_env))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -395,17 +394,18 @@ def true_world(config, device):
 def evaluate(config, run, folder, device):
     """Cloned and post-trained policy in both worlds, from the same benchmark states; film strips of both worlds."""
     world, reflector = load_world(config, run, device)
-    policies, sizes = load_policies(run.folder, device), config.policy
+    policies, sizes, limit = load_policies(run.folder, device), config.policy, step_limit(config.task, config.max_steps)
     lines = evaluate_policies(policies, reflector, config.task, config.task_ids, config.evaluate.episodes, folder,
                               sizes.image_size, sizes.chunk_size, config.num_procs, config.evaluate.stop, device,
                               config.max_steps)
     results = summarize(lines, config.evaluate.stop) | {"imagined": {}}
     if config.evaluate.imagine:
         starts = ChunkData(load_episodes(folder / "cloned"), sizes.chunk_size, device).first_starts()
-        horizon = step_limit(config.task, config.max_steps) // sizes.chunk_size
         for name, policy in tqdm(policies.items(), desc="evaluate in imagination", unit="policy"):
-            stopped, _ = imagine_policy(policy, world, reflector, starts, horizon, config.virtual)
+            stopped, _ = imagine_policy(policy, world, reflector, starts, limit // sizes.chunk_size, config.virtual)
             results["imagined"][name] = proportion(stopped)
+            for task, rates in results["per_task"][name].items():
+                rates["imagined"] = proportion([done for done, start in zip(stopped, starts) if start.task_id == int(task)])
     if rank():
         return
     (folder / "videos").mkdir(exist_ok=True)

@@ -70,7 +70,7 @@ def test_the_run_leaves_a_report_results_and_pictures(finished):
             cell = results["policies"][policy][stop]
             assert cell["episodes"] == 2 and cell["rate"] == cell["successes"] / 2
             assert np.allclose(cell["ci95"], wilson_interval(cell["successes"], 2))
-        assert results["imagined"][policy]["episodes"] == 2
+        assert results["imagined"][policy]["episodes"] == 2 and results["per_task"][policy]["1"]["imagined"]["episodes"] == 1
     assert set(results["paired"]["post_trained - cloned"]["oracle_stop"]) == {"difference", "ci95", "mcnemar_p"}
     assert list(results["stages"]) == ["demonstrate", "clone", "explore", "simulate", "reflect", "imagine", "evaluate"]
     steps = results["control_steps"]
