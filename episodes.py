@@ -137,6 +137,10 @@ class Episode:
     def __post_init__(self):
         self.executed = self.actions if self.executed is None else self.executed
 
+    def held_out(self, count) -> bool:
+        """Is it of its task's first `count` placements in an exploration, which nothing is trained on?"""
+        return self.seed % 1000 < count
+
     def chunks(self, chunk_size, offset=0) -> Chunked:
         """The episode from control step `offset` on, cut into whole chunks."""
         if chunk_size % self.stride or offset % self.stride:

@@ -100,8 +100,7 @@ def evaluate_policies(policies, reflector, suite, task_ids, episodes, folder, im
             settings = {"task": suite, "stop": stop, "sample": sample, "seed": seed if sample else None,
                         "max_steps": max_steps, "rule": rule and asdict(rule), "weights": fingerprint(policy),
                         "reflector": reflector and fingerprint(reflector), "versions": versions()}
-            check_settings(Path(folder) / name, settings)
-            write_json(Path(folder) / name / "settings.json", settings)
+            check_settings(Path(folder) / name, settings, keep=True)
             env = env or LiberoVectorEnv(suite, num_procs, image_size, chunk_size, max_steps, stop, reflector=reflector,
                                          rule=rule, device=device)
             lines[name] = play(policy, env, contexts, Path(folder) / name, "evaluate", seed,
@@ -255,8 +254,7 @@ def measure_world(arguments, run, trained, suite, task_ids, policy, world, refle
     settings = {"task": suite, "temperatures": arguments.temperatures, "max_steps": arguments.max_steps,
                 "virtual": asdict(virtual), "hottest": trained["start"]["hottest"], "weights": fingerprint(policy),
                 "versions": versions()}
-    check_settings(folder, settings)
-    write_json(folder / "settings.json", settings)
+    check_settings(folder, settings, keep=True)
     limit = step_limit(suite, arguments.max_steps, sizes.chunk_size)
     env = LiberoVectorEnv(suite, num_procs, sizes.image_size, sizes.chunk_size, limit, linger=explored["linger"],
                           mesh_cell=explored["mesh_cell"], device=device)
@@ -271,7 +269,7 @@ def measure_world(arguments, run, trained, suite, task_ids, policy, world, refle
                                history=data.episodes[k].until(t)) for k, t in firsts.values()]
         lines = play(policy, env, again, folder / "closed_loop", "closed loop", TEST_SEED)
     library = load_episodes(run / "demonstrate" / "episodes") + [episode for episode in load_episodes(run / "explore")
-                                                                 if episode.seed % 1000 >= explored["held_out"]]
+                                                                 if not episode.held_out(explored["held_out"])]
     stopped, there = imagine_policy(policy, world, reflector, data.starts(list(firsts.values())), virtual.horizon, virtual)
     went = [Episode.load(folder / "closed_loop" / line["file"]).chunks(sizes.chunk_size).states for line in lines]
     apart = hand_apart([states[t:] for states, (_, t) in zip(went, firsts.values())], there)

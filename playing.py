@@ -40,7 +40,7 @@ def short_tries(episodes, config) -> list[LiberoContext]:
         contexts += [LiberoContext(task, last + number, max_steps=(closed[len(closed) // 2] + 3) * L)
                      for number in range(1, 1 + config.explore.grasps) if closed]
     for number, (episode, found) in enumerate(zip(episodes, moments)):
-        if episode.seed % 1000 < config.explore.held_out:
+        if episode.held_out(config.explore.held_out):
             continue
         for moment, take in product(found["release"][:1], range(1, 1 + config.explore.releases)):
             start = max(0, moment - 1 - (number + take) % 3)

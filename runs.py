@@ -192,9 +192,8 @@ class Run:
         """Yield the stage's unfinished folder; rename it to its final name when the body ends without an error."""
         unfinished, start = self.folder / f"{name}.tmp", time.time()
         self._stage = unfinished
-        check_settings(unfinished, settings)
+        check_settings(unfinished, settings, keep=True)
         unfinished.mkdir(exist_ok=True)
-        write_json(unfinished / "settings.json", settings)
         distributed.barrier()
         try:
             yield unfinished
@@ -222,8 +221,8 @@ class Run:
             file.write(json.dumps(line | {key: round(float(value), 6) for key, value in metrics.items()}) + "\n")
 
 
-def check_settings(folder, settings: dict):
-    """UserError if `folder/settings.json` holds other settings."""
+def check_settings(folder, settings: dict, keep=False):
+    """UserError if `folder/settings.json` holds other settings; keep: then it holds these."""
     path = folder / "settings.json"
     made = _flat(read_json(path)) if path.exists() else {}
     now = _flat(json.loads(json.dumps(settings)))
@@ -231,6 +230,8 @@ def check_settings(folder, settings: dict):
         if made.get(key) != now.get(key):
             raise UserError(f"{folder} was made with --{key} {made.get(key)}, this command says {now.get(key)}: "
                             "choose another --output_dir, or delete that folder and those of the later stages")
+    if keep:
+        write_json(path, settings)
 
 
 def read_lines(path) -> list[dict]:

@@ -201,8 +201,8 @@ def demonstrations(run):
 def explored(config, run):
     """(training episodes, held-out episodes): the first `held_out` of every task are never trained on."""
     episodes, held_out = load_episodes(run.path("explore")), config.explore.held_out
-    return ([episode for episode in episodes if episode.seed % 1000 >= held_out],
-            [episode for episode in episodes if episode.seed % 1000 < held_out])
+    return ([episode for episode in episodes if not episode.held_out(held_out)],
+            [episode for episode in episodes if episode.held_out(held_out)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -141,6 +141,9 @@ def test_the_log_is_json_lines(tmp_path):
         run.log("drift", 3, {"loss": torch.tensor(0.5)})
         assert [json.loads(text) for text in (folder / "log.jsonl").read_text().splitlines()][1:] == [line]
     assert read_log(tmp_path) == {("simulate", 2): {"part": "simulate", "step": 2}, ("drift", 3): line}
+    with (tmp_path / "simulate" / "log.jsonl").open("a") as file:
+        file.write('{"part": "drift", "step": 3, "loss": 99}\n')  # a resumed run comes to a step again
+    assert read_log(tmp_path)["drift", 3]["loss"] == 99
     shutil.rmtree(tmp_path / "simulate")  # as a user does before the stage is made again
     assert not read_log(tmp_path)
     write_json(tmp_path / "deep" / "x.json", [1])
