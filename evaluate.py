@@ -311,6 +311,8 @@ def main(arguments: Arguments):
         raise UserError("give the run folder that train.py made, as --checkpoint RUN or as --world RUN")
     if arguments.episodes < 1 or min(arguments.videos, arguments.num_procs, arguments.max_steps) < 0:
         raise UserError("--episodes must be 1 or more, --videos, --num_procs and --max_steps 0 or more")
+    if min(arguments.temperatures, default=-1) < 0:
+        raise UserError("--temperatures must be one number or more, none below 0")
     runs, device = [Path(run) for run in arguments.checkpoint or [arguments.world]], pick_device(arguments.device)
     trained = [read_json(run / "config.json") for run in runs]
     unused = [name for name in ("policy", "stop", "sample", "seed", "videos")

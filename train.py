@@ -72,10 +72,9 @@ def train(config: TrainConfig):
     runs.AUTOCAST = {"auto": {"cuda"}, "on": {"cuda", "cpu"}, "off": set()}[config.bf16]
     print(f"{config.task}, {len(config.task_ids)} tasks, preset {config.preset}, seed {config.seed}, on {device} with "
           f"{world_size()} x {config.num_procs} simulator processes -> {run.folder}")
-    steps = {"demonstrate": demonstrate, "clone": clone, "explore": explore, "simulate": simulate, "reflect": reflect,
-             "imagine": imagine, "evaluate": evaluate}
-    for name, step in steps.items():
-        if done[name]:
+    needless = ("simulate", "reflect") if config.rl_env == "none" and "evaluate" not in config.stages else ()
+    for name, step in zip(STAGES, (demonstrate, clone, explore, simulate, reflect, imagine, evaluate)):
+        if done[name] or name in needless and name not in config.stages:
             continue
         if name in config.stages:
             with run.stage(name, settings[name]) as folder:

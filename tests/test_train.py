@@ -155,7 +155,10 @@ def test_the_rival_clones_the_explored_successes_too(finished, tmp_path):
         arrays["success"][-1] = path.name == "task00_seed100001.npz"
         np.savez(path, **arrays)
     command = ["train.py", *TINY, "--stages", "imagine", "--rl_env", "none", "--output_dir", folder]
+    worlds = {name: (folder / name).rename(tmp_path / name) for name in ("simulate", "reflect")}
     call(*command)
+    for name, path in worlds.items():  # RL needs what the rival doesn't
+        path.rename(folder / name)
     first = load_file(folder / "imagine" / "model.safetensors")
     path = folder / "explore" / "task01_seed100001.npz"  # of the other task; numbers 0 are held out
     arrays = dict(np.load(path))
@@ -345,6 +348,11 @@ def test_two_checkpoints_are_compared_on_the_same_states(finished, tmp_path, cap
     assert results["over_seeds"]["cloned"]["self_stop"]["std"] == 0 and "## Over seeds" in capsys.readouterr().out
     a, b = ((tmp_path / "both" / name / "cloned" / "task01_seed000000.npz").read_bytes() for name in ("tiny", "copy"))
     assert a == b
+    config = json.loads((other / "config.json").read_text())
+    config["evaluate"]["stop"]["confirm"] += 1
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="differ in --evaluate.stop"):
+        call("evaluate.py", "--checkpoint", finished[0], other, "--device", "cpu")
 
 
 def test_world_measures_the_imagination_on_episodes_of_its_own_and_goes_on_where_it_was(finished):
@@ -412,6 +420,7 @@ def test_bad_names_and_folders_are_refused(tmp_path, capsys):
     says("does not exist", evaluation, "--checkpoint", tmp_path / "nothing")
     says("at least a chunk, 8", training, "--max_steps", 7, "--output_dir", tmp_path / "b")
     says("1 or more", evaluation, "--checkpoint", tmp_path / "nothing", "--episodes", 0)
+    says("one number or more", evaluation, "--world", tmp_path / "nothing", "--temperatures")
     with h5py.File(tmp_path / "pick_up_the_alphabet_soup_and_place_it_in_the_basket_demo.hdf5", "w") as file:
         file.create_group("data")
     says("demonstration file", training, "--demos", tmp_path, "--output_dir", tmp_path / "f")
