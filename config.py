@@ -14,6 +14,7 @@ from policy import PolicyConfig
 from ppo import PPOConfig
 from reflector import ReflectorConfig
 from runs import FitConfig, UserError
+from starts import StartConfig
 from virtual_env import VirtualEnvConfig
 from world_model import WorldModelConfig
 
@@ -31,19 +32,6 @@ class ExploreConfig:
     persistence: float = 0.8  # of the noise in these two, one draw a chunk as in RL (`PPOConfig`): it makes near misses
     linger: int = 3  # chunks to go on after the goal is reached, so that there are frames of a task that is done
     mesh_cell: float = 0.006  # m; vertices closer than this are merged in demonstrations and exploration (0: never)
-
-
-@dataclass
-class StartConfig:
-    """Where imagined rollouts start in recorded episodes, whose frames until then they remember. What the fractions leave
-    over starts at first frames."""
-    contact: float = 0.9  # fraction that starts two to four chunks before the fingers close (WoVR's keyframes)
-    release: float = 0.0  # fraction that starts two to four chunks before they open again
-    midway: float = 0.1  # fraction that starts at any later frame in which the task is not done
-    hottest: float = 2.0  # only episodes explored at most at this temperature: in hotter ones the hand is often lost
-    demonstrations: bool = True  # start in demonstrations, too, whose states the policy itself seldom comes to
-    quantiles: float = 1.0  # share of the quantiles, around the median, that a start's fingers and lift are drawn from
-    focus: float = 1.0  # a task's share of the starts grows with its failures in exploration, to this power; 0: all alike
 
 
 @dataclass
@@ -168,6 +156,10 @@ def parse(arguments: list[str]) -> TrainConfig:
         raise UserError("--virtual.stop.confirm and --evaluate.stop.confirm are frames in a row: 1 or more")
     if min(config.drift.batch_size, config.grasp.batch_size, config.reflect.batch_size) < 2:
         raise UserError("half a batch is imagined: --drift., --grasp. and --reflect.batch_size must be 2 or more")
+    start = config.start
+    if min(start.midway, start.contact, start.release) < 0 or start.midway + start.contact + start.release > 1 + 1e-6:
+        raise UserError("--start.midway, .contact and .release are fractions of the starts: none below 0, their sum not "
+                        "above 1")
     if config.max_steps < config.policy.chunk_size and config.max_steps:
         raise UserError(f"--max_steps must be 0 (the suite's limit) or at least a chunk, {config.policy.chunk_size}")
     return config

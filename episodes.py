@@ -365,21 +365,6 @@ class ChunkData:
         """That of the first frame of every track."""
         return self.starts([(k, 0) for k in range(len(self.tracks))])
 
-    def start_pools(self) -> dict[tuple[str, int], list]:
-        """Frames to start from, by kind and task: first ones ("opening"), those two to four chunks before the fingers
-        close ("contact") or open again ("release"), and all later ones ("midway"); only where the task is not done and
-        was not."""
-        pools = {}
-        for k, t in self.index:
-            task = self.episodes[k].task_id
-            if self.tracks[k].success[:t + 1].any():
-                continue
-            pools.setdefault(("midway" if t else "opening", task), []).append((k, t))
-            for kind, moments in self.moments[k].items():
-                if any(2 <= moment - t <= 4 for moment in moments):
-                    pools.setdefault((kind, task), []).append((k, t))
-        return pools
-
 
 def joined(a, b):
     """Two batches as one: tensors and lists end to end, in dictionaries and tuples of them."""

@@ -36,12 +36,13 @@ from distributed import gather, shard
 from episodes import ChunkData, Episode, load_episodes
 from fidelity import frame_scores, hand_apart, imagine_episodes, measure
 from intervals import STOPS, over_seeds, summarize
-from libero_env import RENDER_SIZE, SETTLE_STEPS, LiberoContext, LiberoVectorEnv, initial_states, load_suite, step_limit
+from libero_env import RENDER_SIZE, SETTLE_STEPS, LiberoVectorEnv, initial_states, load_suite, step_limit
 from openvla import load_policy
 from playing import play
 from ppo import rollout
 from reflector import Reflector, StopRule
 from runs import Run, UserError, check_settings, clear_errors, read_json, step_generator, write_json
+from starts import LiberoContext, start_pools, true_starts
 from virtual_env import VirtualEnv, VirtualEnvConfig
 from world_model import WorldModel, world_model_loss
 
@@ -263,10 +264,9 @@ def measure_world(arguments, run, trained, suite, task_ids, policy, world, refle
                 for line in play(policy, env, contexts, folder, "test", TEST_SEED, heat)]
         mild = [episode for episode in test if episode.temperature <= trained["start"]["hottest"]]
         data = ChunkData(mild, sizes.chunk_size, device, every_offset=False)
-        pools = [pool for (kind, _), pool in data.start_pools().items() if kind == "contact"]
+        pools = [pool for (kind, _), pool in start_pools(data).items() if kind == "contact"]
         firsts = {k: (k, t) for pool in pools for k, t in reversed(pool)}  # of every episode the first such frame
-        again = [LiberoContext(data.episodes[k].task_id, data.episodes[k].seed, max_steps=virtual.horizon * sizes.chunk_size,
-                               history=data.episodes[k].until(t)) for k, t in firsts.values()]
+        again = true_starts(data, firsts.values(), virtual.horizon * sizes.chunk_size)
         lines = play(policy, env, again, folder / "closed_loop", "closed loop", TEST_SEED)
     library = load_episodes(run / "demonstrate" / "episodes") + [episode for episode in load_episodes(run / "explore")
                                                                  if not episode.held_out(explored["held_out"])]

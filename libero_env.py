@@ -16,13 +16,11 @@ import copy
 import io
 import multiprocessing
 import os
-from dataclasses import dataclass
 
 import gymnasium
 import numpy as np
 import torch
 
-from episodes import Episode
 from geometry import Camera, Cameras, opening
 from runs import UserError, light_children
 
@@ -246,17 +244,6 @@ def shrink(frames, size) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------------
 # B tasks in B processes
 # ---------------------------------------------------------------------------------------------------------------------
-@dataclass
-class LiberoContext:
-    """Where a true episode begins: fresh placements from `seed`, or one of the benchmark's initial states."""
-    task_id: int
-    seed: int = 0
-    init_state: np.ndarray | None = None  # (D,)
-    history: Episode | None = None  # what led to the first frame of an episode that is taken up again
-    max_steps: int | None = None  # control steps after which it is cut off; None: the environment's
-    take: int = 0  # tells episodes of one task and seed apart
-
-
 class LiberoVectorEnv(gymnasium.vector.VectorEnv):
     """One LIBERO task in each of `num_envs` processes, stepped by action chunks.
 

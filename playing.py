@@ -12,7 +12,6 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -20,33 +19,10 @@ import torch
 from tqdm import tqdm
 
 from distributed import gather, rank, shard, world_size
-from episodes import Episode, finger_moments
-from libero_env import LiberoContext, LiberoVectorEnv
+from episodes import Episode
+from libero_env import LiberoVectorEnv
 from ppo import rollout
 from runs import read_lines, read_log, step_generator
-
-
-def short_tries(episodes, config) -> list[LiberoContext]:
-    """More of what decides an episode, for a fraction of its time: grasps and releases.
-
-    Grasps: new placements, cut off three chunks after the fingers first close in the task's median episode. Releases: the
-    training episodes again, from one to three chunks before their fingers first opened again to three chunks after.
-    """
-    contexts, L, moments = [], config.policy.chunk_size, [finger_moments(episode.states) for episode in episodes]
-    for task in config.task_ids:
-        last = max((episode.seed for episode in episodes if episode.task_id == task), default=0)
-        closed = sorted(found["contact"][0] for episode, found in zip(episodes, moments)
-                        if episode.task_id == task and found["contact"])
-        contexts += [LiberoContext(task, last + number, max_steps=(closed[len(closed) // 2] + 3) * L)
-                     for number in range(1, 1 + config.explore.grasps) if closed]
-    for number, (episode, found) in enumerate(zip(episodes, moments)):
-        if episode.held_out(config.explore.held_out):
-            continue
-        for moment, take in product(found["release"][:1], range(1, 1 + config.explore.releases)):
-            start = max(0, moment - 1 - (number + take) % 3)
-            contexts.append(LiberoContext(episode.task_id, episode.seed, history=episode.until(start), take=take,
-                                          max_steps=(moment + 3 - start) * L))
-    return contexts
 
 
 def play(policy, env: LiberoVectorEnv, contexts, folder, source, seed, temperatures=None, **noise) -> list[dict]:
@@ -144,7 +120,7 @@ def save_episode(played, path, context, source, env, temperature) -> dict:
     stops = np.flatnonzero(env.rule.stops(score)) if env.rule else []
     stop = int(stops[0]) if len(stops) else T - 1
     return {"file": path.name, "task_id": context.task_id, "seed": context.seed, "chunks": T, "steps": steps,
-            "before": len(context.history.actions) if context.history else 0,
+            "before": context.before,
             "oracle_stop": reached is not None, "steps_to_oracle_stop": reached or steps,
             "self_stop": bool(success[stop]), "steps_to_self_stop": min((stop + 1) * env.chunk_size, steps),
             "stopped_at": stop + 1 if len(stops) else None, "success": success.astype(int).tolist(),

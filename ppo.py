@@ -392,7 +392,8 @@ def improve(policy, optimizer, env, draw_contexts, config, generator, anchor=Non
     return metrics | {
         "success_rate": float(terminated.float().mean()),                   # stopped before the horizon
         "reward": float(reward.mean()),
-        "control_steps": float(lasted.sum()) * played.actions.shape[2],
+        "control_steps": float(lasted.sum()) * played.actions.shape[2]
+        + config.group_size * sum(getattr(start, "before", 0) for start in starts),  # repeated to come to a start
         "stop_chunk": float(lasted.float().mean()),                         # chunks that a rollout lasts
         "groups_without_advantage": float((advantage.abs().amax(1) < 1e-6).float().mean()),
     }

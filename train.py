@@ -35,15 +35,16 @@ from fidelity import (check_trust, frame_logits, frame_scores, hand_apart, horiz
                       outcome_agreement, reflector_quality)
 from geometry import Cameras
 from intervals import proportion, summarize
-from libero_env import LiberoContext, LiberoVectorEnv, load_suite, step_limit
+from libero_env import LiberoVectorEnv, load_suite, step_limit
 from openvla import load_policy, pretrained_policy
 from openvla_memory import check_training
-from playing import control_steps, play, short_tries
+from playing import control_steps, play
 from policy import Policy, anchor_loss, clone_loss
 from ppo import add_lora, improve, make_optimizer, merge_lora, reference_of
 from reflector import Reflector, calibrate, reflector_loss
 from runs import (Run, UserError, clear_errors, find_model, fit, in_processes, load_resume, load_weights, read_json,
                   read_lines, read_log, save_resume, step_generator, write_json)
+from starts import LiberoContext, short_tries, start_frames, true_starts
 from virtual_env import VirtualEnv
 from world_model import WorldModel, grasp_loss, world_model_loss
 
@@ -308,7 +309,7 @@ def imagine(config, run, folder, device):
         kept = folder / f"check_{iteration:04d}"
         run.log("check", iteration, check(config, run, policy, kept, device))
         save_resume(kept, iteration, policy, optimizer)
-    env, draw = virtual_world(config, run, device) if config.rl_env == "virtual" else true_world(config, device)
+    env, draw = virtual_world(config, run, device) if config.rl_env == "virtual" else true_world(config, run, device)
     data = CloneData(demonstrations(run), policy.normalizer, config.policy.chunk_size, device)
     anchor = partial(anchor_loss, data=data, size=config.ppo.anchor_batch, microbatch=config.ppo.microbatch)
     with closing(env):
@@ -349,28 +350,23 @@ def check(config, run, policy, folder, device) -> dict:
             **hand_apart([track.states for track in data.tracks], states)}
 
 
+def recorded_starts(config, run, device):
+    """(`ChunkData`, draw): draw(count, generator) gives frames of it to start RL in (`StartConfig`)."""
+    training, _ = explored(config, run)
+    mild = [episode for episode in training if episode.temperature <= config.start.hottest]
+    # What the true simulator takes up again must be its own: a demonstration may be somebody's file.
+    shown = config.rl_env == "virtual" and (config.start.demonstrations or not mild)
+    data = ChunkData((demonstrations(run) if shown else []) + mild, config.policy.chunk_size, device)
+    return data, start_frames(data, training, config.start, config.task_ids)
+
+
 def virtual_world(config, run, device):
     """The virtual environment, and start contexts drawn from recorded frames in which the task is not done."""
-    training, _ = explored(config, run)
-    start, mild = config.start, [episode for episode in training if episode.temperature <= config.start.hottest]
-    shown = demonstrations(run) if start.demonstrations or not mild else []
-    data = ChunkData(shown + mild, config.policy.chunk_size, device)
-    pools = data.start_pools()
-    failed = [[not episode.success.any() for episode in training if episode.task_id == task and episode.source == "explore"]
-              for task in config.task_ids]
-    share = torch.tensor([((sum(values) + 1) / (len(values) + 2)) ** start.focus for values in failed])
-    kinds = {name: getattr(start, name) for name in ("midway", "contact", "release")}
-    if sum(kinds.values()) > 1 + 1e-6:
-        raise UserError("--start.midway, .contact and .release are fractions of the starts: their sum must not be above 1")
-    kinds["opening"] = max(0.0, 1 - sum(kinds.values()))
+    data, frames = recorded_starts(config, run, device)
 
     def draw(count, generator) -> list[StartContext]:
-        tasks = torch.multinomial(share, count, replacement=True, generator=generator).tolist()
-        names = torch.multinomial(torch.tensor([*kinds.values()]), count, replacement=True, generator=generator).tolist()
-        keys = [([*kinds][name], config.task_ids[task]) for name, task in zip(names, tasks)]
-        chosen = [pools.get(key) or pools["opening", key[1]] for key in keys]  # a task may have no such frame
-        starts = data.starts([pool[int(torch.randint(len(pool), (), generator=generator))] for pool in chosen])
-        drawn = 0.5 + start.quantiles * (torch.rand(count, generator=generator) - 0.5)
+        starts = data.starts(frames(count, generator))
+        drawn = 0.5 + config.start.quantiles * (torch.rand(count, generator=generator) - 0.5)
         return [replace(context, quantile=value) for context, value in zip(starts, drawn.tolist())]
 
     mine, K = shard(range(config.ppo.groups)), config.ppo.group_size
@@ -378,12 +374,13 @@ def virtual_world(config, run, device):
                       config.ppo.groups * K, config.seed), draw
 
 
-def true_world(config, device):
-    """The RIPT-VLA baseline: the same loop, the true simulator, sparse true rewards. Rollouts start at first frames, so
-    give it all chunks to explore (`--ppo.explore_chunks 0`)."""
-    def draw(count, generator) -> list[LiberoContext]:
-        return [LiberoContext(config.task_ids[int(torch.randint(len(config.task_ids), (), generator=generator))],
-                              10_000_000 + int(torch.randint(10**6, (), generator=generator))) for _ in range(count)]
+def true_world(config, run, device):
+    """RL as RIPT-VLA does it: the same loop and starts in the true simulator, for its sparse rewards."""
+    data, frames = recorded_starts(config, run, device)
+    limit = config.virtual.horizon * config.policy.chunk_size
+
+    def draw(count, generator) -> list[LiberoContext]:  # task by task: a simulator takes seconds to build
+        return sorted(true_starts(data, frames(count, generator), limit), key=lambda start: start.task_id)
     return true_env(config, device), draw
 
 

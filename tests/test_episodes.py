@@ -7,6 +7,7 @@ import torch
 
 from episodes import ChunkData, CloneData, Episode, Normalizer, finger_history, joined, memory_index
 from runs import UserError
+from starts import start_pools
 
 
 def make_episode(steps=40, stride=1, chunk=8, seed=0):
@@ -96,7 +97,7 @@ def test_an_episode_taken_up_again_remembers_its_past_and_teaches_what_came_afte
     data = ChunkData([Episode.load(tmp_path / "again.npz")], 8, "cpu")
     assert data.frames == [(0, t) for t in range(2, 8)] and data.index == [(0, t) for t in range(2, 7)]
     assert CloneData([again], None, 8, "cpu").index == data.index
-    assert all(t >= 2 for pool in data.start_pools().values() for _, t in pool)
+    assert all(t >= 2 for pool in start_pools(data).values() for _, t in pool)
     assert data.starts([(0, 3)])[0].images[:, 0, 0, 0, 0].tolist() == [0, 8, 100, 108]
     assert data.pictures([(0, 6)])["memory"][0, [0, 1, 2, -1], 0, 0, 0, 0].tolist() == [0, 100, 116, 132]
 
@@ -159,19 +160,6 @@ def test_a_chunk_that_runs_over_the_end_is_marked_invalid(stride):
     assert torch.equal(batch["valid"].sum(1).float(), (10 - start).clamp(max=8))
     actions = normalizer.unnormalize_action(batch["actions"])[:, 0, 0]
     assert torch.allclose(actions, start, atol=1e-4)
-
-
-def test_rollouts_start_before_contact_and_release_inside_episodes_and_at_their_openings():
-    episode = make_episode(steps=64, stride=8)  # done from frame 7 on
-    episode.states[:] = np.where(np.arange(9) < 5, 0.08, 0.0)[:, None] * np.eye(8)[6]  # the fingers are closed from frame 5 on
-    pools = ChunkData([episode], 8, "cpu").start_pools()
-    assert pools == {("opening", 3): [(0, 0)], ("midway", 3): [(0, t) for t in range(1, 7)],
-                     ("contact", 3): [(0, 1), (0, 2), (0, 3)]}
-    episode.states[6:, 6] = 0.08  # and open again from frame 6 on
-    assert ChunkData([episode], 8, "cpu").start_pools() == pools | {("release", 3): [(0, 2), (0, 3), (0, 4)]}
-    episode.states[8, 6] = 0.0  # a second grasp, as in a task of two steps
-    again = ChunkData([episode], 8, "cpu").start_pools()
-    assert again["contact", 3] == [(0, t) for t in range(1, 7)] and len(again["release", 3]) == 3
 
 
 def test_normalising_is_undone_and_leaves_the_gripper_alone():

@@ -8,8 +8,9 @@ import torch
 
 from episodes import Episode, finger_history
 from geometry import camera_pose, project
-from libero_env import LiberoContext, LiberoTask, LiberoVectorEnv, initial_states, load_suite, merge_vertices, shrink, step_limit
+from libero_env import LiberoTask, LiberoVectorEnv, initial_states, load_suite, merge_vertices, shrink, step_limit
 from runs import UserError
+from starts import LiberoContext
 
 
 @pytest.fixture(scope="module")

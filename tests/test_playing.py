@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from episodes import Episode
-from libero_env import LiberoContext
 from playing import play
 from policy import ActionDistribution
 from runs import read_lines
+from starts import LiberoContext
 
 CONTEXTS = [LiberoContext(task, seed) for task in (0, 1, 2) for seed in range(3)]
 

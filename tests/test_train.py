@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -20,9 +19,8 @@ import train
 from episodes import Episode
 from intervals import wilson_interval
 from openvla_tiny import write_checkpoint
-from config import ExploreConfig, StartConfig, TrainConfig, parse
-from playing import short_tries
-from runs import UserError, clear_errors
+from config import parse
+from runs import UserError, clear_errors, read_log
 from vlm_tiny import tiny_encoder, tiny_vae, tiny_vlm
 
 ROOT = Path(__file__).parent.parent
@@ -143,8 +141,10 @@ def test_rl_stopped_after_two_iterations_and_resumed_equals_a_straight_run_of_fo
 def test_rl_runs_in_the_true_simulator_with_the_same_code(finished, tmp_path):
     folder = copy_of(finished, tmp_path, ["imagine", "evaluate"])
     call("train.py", *TINY, "--stages", "imagine", "--rl_env", "libero", "--ppo.iterations", 1, "--ppo.groups", 1,
-         "--ppo.group_size", 2, "--check.every", 0, "--output_dir", folder)
+         "--ppo.group_size", 2, "--check.every", 0, "--start.contact", 0, "--start.midway", 1, "--output_dir", folder)
     assert (folder / "imagine" / "model.safetensors").exists()
+    steps = read_log(folder)["imagine", 1]["control_steps"]
+    assert steps > 2 * 3 * 8 and steps % 16 == 0, "two rollouts of three chunks, and what both repeat to come to their start"
 
 
 def test_the_rival_clones_the_explored_successes_too(finished, tmp_path):
@@ -201,50 +201,6 @@ def test_a_world_simulator_may_start_from_any_of_ours(finished, tmp_path):
     call(*command, finished[0] / "simulate")
     a, b = (load_file(path / "simulate" / "model.safetensors") for path in (finished[0], folder))
     assert all(torch.equal(a[key], b[key]) for key in a)
-
-
-def explored_episode(**fields):
-    """Nine frames, a chunk of 8 steps apart: the fingers are closed from frame 5 on, the task is done from frame 7 on."""
-    states = np.zeros((9, 8), np.float32)
-    states[:5, 6] = 0.08
-    values = dict(images=np.zeros((9, 2, 3, 8, 8), np.uint8), states=states, actions=np.ones((64, 7), np.float32),
-                  success=np.arange(9) >= 7, stride=8, task_id=3, instruction="pick", source="explore", seed=100_009)
-    return Episode(**values | fields)
-
-
-def test_more_grasps_end_after_the_fingers_closed_and_training_episodes_are_taken_up_again_before_they_let_go():
-    never, held_out, let_go = np.zeros((9, 8), np.float32), 100_002, explored_episode(seed=100_010)
-    never[:, 6] = 0.08
-    let_go.states[7:, 6] = 0.08
-    episodes = [explored_episode(), explored_episode(states=never), explored_episode(seed=held_out), let_go]
-    contexts = short_tries(episodes, TrainConfig(task_ids=(3, 4), explore=ExploreConfig(grasps=2)))  # no episode of task 4
-    grasps, releases = contexts[:2], contexts[2:]
-    assert [(context.seed, context.task_id, context.max_steps) for context in grasps] == [(100_011, 3, 64), (100_012, 3, 64)]
-    assert not any(context.history for context in grasps)
-    assert [(context.seed, context.take) for context in releases] == [(100_010, 1), (100_010, 2)]
-    starts = [len(context.history.actions) // 8 for context in releases]
-    assert [len(context.history.images) for context in releases] == [start + 1 for start in starts]
-    assert all(4 <= start <= 6 and start * 8 + context.max_steps == 80 for start, context in zip(starts, releases))
-    assert starts[0] != starts[1]
-
-
-@pytest.mark.parametrize("settings, temperature, where", [
-    (StartConfig(), 1.0, {0.0, 1.0}), (StartConfig(demonstrations=False), 1.0, {1.0}),
-    (StartConfig(demonstrations=False), 4.0, {0.0})])
-def test_rl_starts_in_demonstrations_unless_told_not_to_and_something_mild_was_explored(
-        monkeypatch, settings, temperature, where):
-    played = explored_episode(temperature=temperature)
-    played.states[:, 0] = temperature
-    monkeypatch.setattr(train, "demonstrations", lambda run: [explored_episode()])
-    monkeypatch.setattr(train, "explored", lambda config, run: ([played], []))
-    monkeypatch.setattr(train, "load_world", lambda *_: (None, None))
-    monkeypatch.setattr(train, "VirtualEnv", lambda *_: None)
-    _, draw = train.virtual_world(TrainConfig(task_ids=(3,), start=settings), None, "cpu")
-    assert {float(start.states[-1, 0]) for start in draw(40, torch.Generator().manual_seed(0))} == where
-    quantiles = [start.quantile for start in draw(40, torch.Generator().manual_seed(0))]
-    assert len(set(quantiles)) == 40 and min(quantiles) < 0.2 and max(quantiles) > 0.8
-    _, draw = train.virtual_world(TrainConfig(task_ids=(3,), start=replace(settings, quantiles=0.0)), None, "cpu")
-    assert {start.quantile for start in draw(9, torch.Generator())} == {0.5}
 
 
 FEW = ["--clone.steps", 2, "--clone.batch_size", 2, "--ppo.iterations", 1, "--ppo.groups", 1, "--ppo.group_size", 2,
