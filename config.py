@@ -13,19 +13,22 @@ from evaluate import EvaluateConfig
 from policy import PolicyConfig
 from ppo import PPOConfig
 from reflector import ReflectorConfig
-from runs import FitConfig, UserError
+from runs import FitConfig, UserError, flags
 from starts import StartConfig
 from virtual_env import VirtualEnvConfig
 from world_model import WorldModelConfig
 
 Stage = Literal["demonstrate", "clone", "explore", "simulate", "reflect", "imagine", "evaluate"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
+LEAST = {"num_demos": 1, "check.episodes": 1, "ppo.groups": 1, "ppo.microbatch": 1, "ppo.group_size": 2,
+         "virtual.stop.confirm": 1, "evaluate.stop.confirm": 1,  # frames in a row
+         "drift.batch_size": 2, "grasp.batch_size": 2, "reflect.batch_size": 2}  # half of them imagined
 
 
 @dataclass
 class ExploreConfig:
     episodes: int = 16  # episodes a task
-    held_out: int = 3  # of these, the first ones: nothing is trained on them, they measure simulator and reflector
+    held_out: int = 3  # of these, the first ones: no network learns from them; they measure simulator and reflector
     temperatures: tuple[float, ...] = (1.0, 2.0, 4.0)  # taken in turn, they multiply the cloned policy's Laplace scale b
     grasps: int = 32  # more placements a task, of which only the first grasp is played
     releases: int = 2  # times that a training episode is taken up again shortly before its fingers first opened again
@@ -127,6 +130,8 @@ def stage_settings(config, name) -> dict:
     chosen = {key: values[key] for key in ("task", "task_ids", "seed", "refresh", *sections[name])}
     if name == "demonstrate":  # what it draws
         chosen |= {"policy": {"image_size": config.policy.image_size}, "explore": {"mesh_cell": config.explore.mesh_cell}}
+    if name == "reflect":  # what its held-out verdicts are measured with
+        chosen |= {"virtual": {"stop": values["virtual"]["stop"]}}
     for value in chosen.values():
         if isinstance(value, dict):
             for key in ("accumulate", "microbatch"):  # memory alone: they may change when a killed run goes on
@@ -145,17 +150,21 @@ def parse(arguments: list[str]) -> TrainConfig:
                  if hasattr(getattr(config, part), name)}
         if len(set(sizes.values())) > 1:
             raise UserError(f"{', '.join(f'{flag} {value}' for flag, value in sizes.items())}: give them all the same value")
-    if not (0 < config.explore.held_out <= config.explore.episodes and config.evaluate.episodes > 0):
+    if not (0 < config.explore.held_out <= config.explore.episodes and 0 < config.evaluate.episodes <= 50):
         raise UserError("--explore.held_out, episodes of a task for tests alone, must be above 0 and not above "
-                        "--explore.episodes, and --evaluate.episodes above 0")
+                        "--explore.episodes, and --evaluate.episodes, of the benchmark's initial states, from 1 to 50")
     if min(config.explore.temperatures, default=-1) < 0:
         raise UserError("--explore.temperatures must be one number or more, none below 0")
     if config.explore.episodes + config.explore.grasps > 1000:
         raise UserError("--explore.episodes and --explore.grasps number a task's placements from 0 to 999: lower them")
-    if min(config.virtual.stop.confirm, config.evaluate.stop.confirm) < 1:
-        raise UserError("--virtual.stop.confirm and --evaluate.stop.confirm are frames in a row: 1 or more")
-    if min(config.drift.batch_size, config.grasp.batch_size, config.reflect.batch_size) < 2:
-        raise UserError("half a batch is imagined: --drift., --grasp. and --reflect.batch_size must be 2 or more")
+    for flag, value in flags(asdict(config)).items():
+        least = LEAST.get(flag, 1 if flag.endswith((".batch_size", ".accumulate", ".save_every")) else None)
+        if least is not None and value < least:
+            raise UserError(f"--{flag} must be {least} or more")
+    if not 0 <= config.seed < 199:
+        raise UserError("--seed must be from 0 to 198: placements of higher ones would be those of validation and tests")
+    if len(set(config.task_ids)) < len(config.task_ids):
+        raise UserError("--task_ids names a task twice")
     start = config.start
     if min(start.midway, start.contact, start.release) < 0 or start.midway + start.contact + start.release > 1 + 1e-6:
         raise UserError("--start.midway, .contact and .release are fractions of the starts: none below 0, their sum not "

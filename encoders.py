@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from runs import UserError, check_memory, size_of
+from runs import UserError
 
 
 class GridEncoder(nn.Module):
@@ -174,3 +174,23 @@ class Injection(nn.Module):
             found = project(encoder(images.flatten(0, 1))).unflatten(0, (B, V))  # (B, V, N, D)
             tokens.append((found + view[None, :, None]).flatten(1, 2))
         return torch.cat(tokens, dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+# ---------------------------------------------------------------------------------------------------------------------
+def size_of(module) -> int:
+    """Bytes of its parameters."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+
+
+def check_memory(needed, device, what, remedy):
+    """UserError if `device` has less free memory than `needed` bytes."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    if needed > free:
+        raise UserError(f"{needed / 1e9:.1f} GB of memory are needed {what}, {free / 1e9:.1f} GB are free on {device}: "
+                        f"{remedy}")

@@ -141,6 +141,11 @@ class Episode:
         """Is it of its task's first `count` placements in an exploration, which nothing is trained on?"""
         return self.seed % 1000 < count
 
+    @property
+    def achieved(self) -> bool:
+        """Was the goal reached in what is new of it? Where it is taken up again, the task may be done already."""
+        return bool(self.success.any() and not self.success[:self.past + 1].any())
+
     def chunks(self, chunk_size, offset=0) -> Chunked:
         """The episode from control step `offset` on, cut into whole chunks."""
         if chunk_size % self.stride or offset % self.stride:
@@ -317,16 +322,15 @@ class ChunkData:
         """Frame t + 1 of track k for every (k, t) in `picks`, and what leads to it.
 
         -> memory (B, F, V, 3, H, W) and target (B, V, 3, H, W) uint8, memory_states (B, F, 8), next_state (B, 8),
-        previous_actions and actions (B, L, 7), task (B,)
+        actions (B, L, 7), task (B,)
         """
         memory = [(self.tracks[k], memory_index(torch.tensor([t]), torch.from_numpy(self.tracks[k].states)[None])[0].numpy())
                   for k, t in picks]
-        _, previous_actions, actions, next_state = self.transitions(picks)
+        _, _, actions, next_state = self.transitions(picks)
         return {"memory": _stack([track.images[frames] for track, frames in memory], self.device),
                 "memory_states": _stack([track.states[frames] for track, frames in memory], self.device),
                 "target": _stack([self.targets[k].images[t + 1] for k, t in picks], self.device),
-                "next_state": next_state, "previous_actions": previous_actions, "actions": actions,
-                "task": self.tasks(picks)}
+                "next_state": next_state, "actions": actions, "task": self.tasks(picks)}
 
     def transitions(self, picks) -> list[torch.Tensor]:
         """State (B, 8), previous and next chunk (B, L, 7), next state (B, 8) at frame t of track k."""

@@ -176,7 +176,7 @@ def imagine_policy(policy, world, reflector, starts, horizon, virtual) -> tuple[
     return np.concatenate(gather(stopped)), sum(gather(states), [])
 
 
-def film(world, reflector, episode, path, title):
+def film(world, reflector, episode, path, title, eta):
     """A GIF and a PNG strip of a true episode above its imagination (world None: the true one alone)."""
     data = episode.chunks(episode.stride)
     frames = [np.moveaxis(data.images, 2, -1), None]  # (T+1, V, H, W, 3)
@@ -184,17 +184,17 @@ def film(world, reflector, episode, path, title):
     if world is not None:
         (imagined,), (imagined_scores,) = imagine_episodes(world, reflector, [episode])
         frames[1], scores[1] = np.moveaxis(imagined.images, 2, -1), np.concatenate([scores[0][:1], imagined_scores])
-    report.film_strip(path.with_suffix(".gif"), *frames, *scores, title, bool(episode.success.any()))
-    report.contact_sheet(path.with_suffix(".png"), *frames, *scores, title, bool(episode.success.any()))
+    report.film_strip(path.with_suffix(".gif"), *frames, *scores, title, bool(episode.success.any()), eta)
+    report.contact_sheet(path.with_suffix(".png"), *frames, *scores, title, bool(episode.success.any()), eta)
 
 
-def film_some(rows, folder, to, count, world, reflector) -> dict[int, list[str]]:
+def film_some(rows, folder, to, count, world, reflector, eta) -> dict[int, list[str]]:
     """Film the first `count` episodes of every task, from lines of `play` in `folder`, into `to`; -> {task: paths}."""
     videos = {}
     for line in tqdm([line for line in rows if line["seed"] < count], desc="videos", unit="episode", disable=not count):
         to.mkdir(exist_ok=True)
         path, episode = to / f"task{line['task_id']:02d}_{line['seed']}", Episode.load(folder / line["file"])
-        film(world, reflector, episode, path, episode.instruction)
+        film(world, reflector, episode, path, episode.instruction, eta)
         videos.setdefault(line["task_id"], []).append(str(path.with_suffix(".gif")))
     return videos
 
@@ -315,6 +315,8 @@ def main(arguments: Arguments):
         raise UserError("--temperatures must be one number or more, none below 0")
     runs, device = [Path(run) for run in arguments.checkpoint or [arguments.world]], pick_device(arguments.device)
     trained = [read_json(run / "config.json") for run in runs]
+    if not all("stages" in config for config in trained):
+        raise UserError("give the run folder, runs/libero_object for example, not that of one of its stages")
     unused = [name for name in ("policy", "stop", "sample", "seed", "videos")
               if arguments.world and getattr(arguments, name) != getattr(Arguments, name)]
     if unused:
@@ -329,6 +331,8 @@ def main(arguments: Arguments):
                         f"{' '.join(map(str, trained[0]['task_ids']))}")
     if not task_ids:
         raise UserError(f"{suite} has no tasks in the installed benchmark: choose another --task")
+    if len(set(task_ids)) < len(task_ids):
+        raise UserError("--task_ids names a task twice")
     for task in task_ids:
         if not 0 <= task < count:
             raise UserError(f"{suite} has no task {task}: --task_ids takes numbers from 0 to {count - 1}")
@@ -378,7 +382,7 @@ def evaluate_runs(arguments, runs, trained, suite, task_ids, num_procs, device):
         if arguments.videos and reflector and suite == config["task"] and (run / "simulate").is_dir():
             world = load_model(WorldModel, run / "simulate", device)
         for policy, rows in lines[name].items():
-            videos = film_some(rows, folder / policy, folder / policy / "videos", arguments.videos, world, reflector)
+            videos = film_some(rows, folder / policy, folder / policy / "videos", arguments.videos, world, reflector, rule.eta)
             write_json(folder / policy / "eval_info.json", eval_info(rows, suite, arguments.stop, videos))
     flat, pairs = lines[names[0]], None
     if len(runs) > 1:  # the policies of a run against each other; with two runs also each against its namesake

@@ -45,11 +45,11 @@ from transformers import (Dinov2WithRegistersConfig, Dinov2WithRegistersModel, L
                           SiglipVisionModel)
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from encoders import recompute_layers
+from encoders import check_memory, recompute_layers, size_of
 from episodes import Normalizer
 from policy import MLPResNet, Policy, PolicyConfig
 from ppo import add_lora, lora_rank
-from runs import UserError, check_memory, find_model, load_weights, read_json, save_model, size_of
+from runs import UserError, find_model, load_weights, read_json, save_model
 from vlm_policy import VLMPolicy
 
 MODEL_TYPE = "world_env_openvla"

@@ -16,11 +16,12 @@ from unittest.mock import patch
 import torch
 import tyro
 
+from encoders import check_memory, size_of
 from episodes import Normalizer
 from openvla import FULL_SIZE, OpenVLAPolicy
 from policy import PolicyConfig
 from ppo import add_lora
-from runs import check_memory, clear_errors, size_of
+from runs import clear_errors
 
 USES = {"inference": "inference", "evaluate": "evaluation, which holds two policies", "scale": "training the scale head",
         "lora": "RL or fine-tuning by LoRA", "checkpointed": "the same, gradient checkpointing"}

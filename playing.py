@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from distributed import gather, rank, shard, world_size
 from episodes import Episode
 from libero_env import LiberoVectorEnv
-from ppo import rollout
+from ppo import Rollout, rollout, together
 from runs import read_lines, read_log, step_generator
 
 
@@ -79,6 +80,24 @@ def play(policy, env: LiberoVectorEnv, contexts, folder, source, seed, temperatu
     return [lines[file] for file in files]
 
 
+def play_groups(policy, env: LiberoVectorEnv, contexts, generator, **noise) -> Rollout:
+    """`rollout` in the true simulator, each process at its own pace: it plays whole groups of one context. generator: a list,
+    one for each of `contexts`."""
+    groups = [list(group) for _, group in groupby(range(len(contexts)), key=lambda i: id(contexts[i]))]
+    slots, threads = env.single_slots(), torch.get_num_threads()
+
+    def serve(group):
+        slot = slots.pop()
+        played = rollout(policy, slot, [contexts[i] for i in group], generator=[generator[i] for i in group], **noise)
+        slots.append(slot)  # its thread takes it again, and with it a simulator that may have the next group's task
+        return played
+    torch.set_num_threads(1)  # the cores are busy with the simulators
+    with ThreadPoolExecutor(len(slots)) as pool:
+        parts = list(pool.map(serve, groups))
+    torch.set_num_threads(threads)
+    return together(parts)
+
+
 def next_episode(todo, playing, slot):
     """Of the task that this process is at; else of one that none is at; else of the one with most episodes left."""
     left = Counter(context.task_id for _, context, _ in todo)
@@ -88,19 +107,22 @@ def next_episode(todo, playing, slot):
     return next(episode for episode in todo if episode[1].task_id == task)
 
 
-def control_steps(run, rl_env) -> dict[str, dict[str, int]]:
-    """{stage: {"true" or "imagined": control steps that a finished run's stage took}}; training on records takes none."""
-    played = {stage: sum(line["steps"] + line.get("before", 0) for path in sorted((run.folder / stage).glob(pattern))
-                         for line in read_lines(path))
-              for stage, pattern in (("explore", "episodes.jsonl"), ("imagine", "check_*/episodes.jsonl"),
-                                     ("evaluate", "*/episodes.jsonl"))}
+def control_steps(run, config) -> dict[str, dict[str, int]]:
+    """{stage: {"true": control steps that a finished run's stage took, "imagined": those that RL imagined}}; training on
+    records takes none, and a refresh has none of the run's that it goes on from."""
+    lines = {stage: [line for path in sorted((run.folder / stage).glob(pattern)) for line in read_lines(path)]
+             for stage, pattern in (("explore", "episodes.jsonl"), ("imagine", "check_*/episodes.jsonl"),
+                                    ("evaluate", "*/episodes.jsonl"))}
+    newest = max((line["seed"] // 1000 for line in lines["explore"]), default=0)  # every exploration opens a thousand
+    lines["explore"] = [line for line in lines["explore"] if line["seed"] // 1000 == newest]
+    played = {stage: sum(line["steps"] + line.get("before", 0) for line in rows) for stage, rows in lines.items()}
     recorded = 0
-    for path in (run.path("demonstrate") / "episodes").glob("*.npz"):
+    for path in (run.path("demonstrate") / "episodes").glob("*.npz") if not config.refresh else ():
         with np.load(path) as arrays:
             recorded += len(arrays["actions"])  # and not the pictures
     steps = {"demonstrate": {"true": recorded},
              **{stage: {"true": count} for stage, count in played.items()}}
-    world = "true" if rl_env == "libero" else "imagined"
+    world = "true" if config.rl_env == "libero" else "imagined"
     learned = sum(int(record.get("control_steps", 0)) for record in read_log(run.folder).values())
     steps["imagine"][world] = steps["imagine"].get(world, 0) + learned
     return steps
@@ -110,10 +132,11 @@ def save_episode(played, path, context, source, env, temperature) -> dict:
     """Write a rollout of one context as an `Episode`; return its line of `episodes.jsonl`."""
     T = int(played.valid[0].sum())
     success, score = played.success[0, :T].cpu().numpy(), played.score[0, :T].cpu().numpy()
+    first = context.history is not None and bool(context.history.success[-1])  # is the task done where it begins?
     whole = min(T, (context.max_steps or env.max_steps) // env.chunk_size)  # a last chunk cut short by the limit is not kept
     episode = Episode(images=played.images[0, :whole + 1].cpu().numpy(), states=played.states[0, :whole + 1].cpu().numpy(),
                       actions=played.env_actions[0, :whole].flatten(0, 1).cpu().numpy(),
-                      success=np.concatenate([[False], success[:whole]]), stride=env.chunk_size, task_id=context.task_id,
+                      success=np.concatenate([[first], success[:whole]]), stride=env.chunk_size, task_id=context.task_id,
                       instruction=played.instruction[0], source=source, seed=context.seed, temperature=temperature)
     (context.history.followed_by(episode) if context.history else episode).save(path)
     steps, reached = env.lengths(0)

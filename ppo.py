@@ -13,8 +13,8 @@ Departures from Algorithm 1, and what the paper leaves open:
     chunk.
  2. π_old is not a second network but its log-probabilities, scored before the first step on the very
     minibatches of the first epoch. Rounding is then the same and the first ratio exactly 1. `log_prob_gap` is
-    their distance to what the sampler recorded: it shows a sampler that differs from the scorer, which a
-    ratio of 1 would hide.
+    their distance to those that `rollout` recorded: it shows another policy or temperature, which a ratio of 1
+    would hide.
  3. The buffer is a whole number of groups; iterations, groups and epochs are ours. With one ratio a step,
     clip 0.1 is a narrow trust region (loc may move by about 0.1/√A of b): on the toy of tests/test_ppo.py
     one epoch learns faster than four. By default an iteration is one optimiser step, whose ratio is 1: nothing is clipped.
@@ -22,8 +22,9 @@ Departures from Algorithm 1, and what the paper leaves open:
  5. The gradient's norm is clipped, and `temperature` scales b, in sampling and in scoring alike.
  6. By default one draw of noise moves all steps of a chunk (`chunk_noise`) and mostly goes on in the next one
     (`persistence`), for the first chunks of a rollout alone (`explore_chunks`), which starts just before a grasp: a
-    small part of the paper's dimensions, and those that decide. `log_prob` stays that of one chunk by itself. With a
-    draw for every step, gradients of 64 rollouts each had nothing in common (cosine 0 in the mean, ABLATIONS.md).
+    small part of the paper's dimensions, and those that decide. `log_prob` stays that of one chunk by itself, so what a
+    chunk's noise earned is also ascribed to its neighbours, whose noise was like it: a gradient smoothed over time. With
+    a draw for every step, gradients of 64 rollouts each had nothing in common (cosine 0 in the mean, ABLATIONS.md).
  7. A supervised loss on the demonstrations is added (`anchor`): without it a fast policy soon finds what the virtual world
     is wrong about. And where it is not explored the policy is held to what it was before RL (`hold_loss`).
 As in the paper: no critic, no KL, no entropy bonus, rewards not divided by their deviation.
@@ -35,7 +36,7 @@ Try it:  python -m pytest tests/test_ppo.py
 """
 import copy
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import nn
@@ -127,8 +128,9 @@ def rollout(policy, env, contexts, greedy=False, temperature=1.0, generator=None
         success = torch.as_tensor(info.get("success", torch.zeros(slots, dtype=torch.bool)))
         steps.append((which[index], chunk[index], {
             "images": obs["images"][index], "states": obs["state"][index], "actions": action,
-            "env_actions": env_action, "log_prob": distribution.log_prob(action), "valid": index >= 0,
-            "explored": explored.to(reward.device), "reward": reward[index], "terminated": terminated[index],
+            "env_actions": env_action, "log_prob": distribution.log_prob(action),
+            "valid": (index >= 0).to(reward.device), "explored": explored.to(reward.device),
+            "reward": reward[index], "terminated": terminated[index],
             "success": success[index], "score": torch.as_tensor(info["score"])[index]}))
         ended = (terminated | truncated).cpu() & (which < total)            # (slots,)
         chunk = torch.where(ended, 0, chunk + 1)
@@ -168,6 +170,23 @@ def collect(starts, steps, total) -> Rollout:
     return Rollout(images, states, instruction, lay("actions"), lay("env_actions"), lay("log_prob"),
                    lay("valid"), lay("explored"), lay("reward").sum(1), lay("success"), lay("score", float("nan")),
                    lay("terminated").any(1))
+
+
+def together(parts) -> Rollout:
+    """Several rollouts as one, as long as the longest."""
+    T = max(part.valid.shape[1] for part in parts)
+
+    def join(name, fill=0.0):
+        pieces = []
+        for part in parts:
+            piece = getattr(part, name)                                     # (b, t, ...) or (b, t+1, ...)
+            missing = piece.new_full((len(piece), T - part.valid.shape[1], *piece.shape[2:]), fill)
+            pieces.append(torch.cat([piece, missing], dim=1))
+        return torch.cat(pieces)
+    laid = [field.name for field in fields(Rollout) if field.name not in ("instruction", "reward", "terminated", "score")]
+    return Rollout(instruction=sum((part.instruction for part in parts), []), score=join("score", math.nan),
+                   **{name: torch.cat([getattr(part, name) for part in parts]) for name in ("reward", "terminated")},
+                   **{name: join(name) for name in laid})
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -371,19 +390,20 @@ def clip_and_step(optimizer, config):
 # ------------------------------------------------------------------------------------------------------------
 # One iteration
 # ------------------------------------------------------------------------------------------------------------
-def improve(policy, optimizer, env, draw_contexts, config, generator, anchor=None, reference=None):
+def improve(policy, optimizer, env, draw_contexts, config, generator, anchor=None, reference=None, play=rollout):
     """One iteration of Algorithm 1; returns its metrics.
 
     draw_contexts(count, generator): a list of start contexts. generator: on the CPU and seeded by (seed,
-    iteration), so that a resumed run equals a straight one; the world's own noise is the caller's to seed.
+    iteration), so that a resumed run equals a straight one; the world's own noise is the caller's to seed. play: `rollout`,
+    or what does the same (`playing.play_groups`).
     Several processes draw the same starts and play whole groups each.
     """
     starts = draw_contexts(config.groups, generator)
     contexts = [[start] * config.group_size for start in starts]            # (G, K), and their noise
     noise = [generators(config.group_size, generator) for _ in starts]
-    played = rollout(policy, env, sum(shard(contexts), []), temperature=config.temperature,
-                     generator=sum(shard(noise), []), chunk_noise=config.chunk_noise,
-                     persistence=config.persistence, explore_chunks=config.explore_chunks)
+    played = play(policy, env, sum(shard(contexts), []), temperature=config.temperature,
+                  generator=sum(shard(noise), []), chunk_noise=config.chunk_noise,
+                  persistence=config.persistence, explore_chunks=config.explore_chunks)
     reward = played.reward.view(-1, config.group_size)                      # (G, K)
     advantage = rloo_advantage(reward)                                      # (G, K)
     metrics = update(policy, optimizer, played, advantage.flatten(), config, generator, anchor, reference)

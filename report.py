@@ -310,7 +310,7 @@ def contact_sheet(path, true_frames, imagined_frames, scores_true, scores_imagin
                 page.paste(_enlarged(frames[t, v], scale), (left, top + v * (scale * H + GAP)))
             _score_bar(draw, left, top + V * (scale * H + GAP) - 1, scale * W, float(scores[t]), eta)
         top += block
-    caption = "same actions above and below; bar: reflector's score; line: stop threshold; green: would stop"
+    caption = "same actions above and below; bar: reflector's score; line: stop threshold; green: above it"
     draw.text((MARGIN, top - 4), caption, GRAY, _font(13))
     page.save(path)
 

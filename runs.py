@@ -83,7 +83,7 @@ def write_json(path, value):
 def read_json(path) -> dict:
     try:
         return json.loads(Path(path).read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} does not exist: is this the folder of a finished stage?") from None
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise UserError(f"{path} is not readable JSON (truncated?): delete its folder and run the same command") from None
@@ -164,7 +164,10 @@ class Run:
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"{self.folder} is or lies under a file: choose another --output_dir") from None
         self._stage = self.folder  # the unfinished stage's folder
         self._lock = open(self.folder / ".lock", "w")
         try:
@@ -178,28 +181,38 @@ class Run:
         return self.folder / stage
 
     def done(self, stage, settings) -> bool:
-        """Is the stage finished? UserError if it was made with other settings than today's."""
+        """Is the stage finished? UserError if it was made, or begun, with other settings than today's."""
         check_settings(self.path(stage), settings)
+        check_settings(self.folder / f"{stage}.tmp", settings)
         return self.path(stage).is_dir()
 
     def seconds(self) -> dict[str, float]:
-        """Wall time of every finished stage, all its attempts added up."""
+        """Wall time of every stage, all its attempts added up that ended by themselves or by Ctrl-C."""
         path = self.folder / "seconds.json"
         return read_json(path) if path.exists() else {}
 
     @contextmanager
-    def stage(self, name, settings):
-        """Yield the stage's unfinished folder; rename it to its final name when the body ends without an error."""
+    def stage(self, name, settings, later=()):
+        """Yield the stage's unfinished folder; rename it to its final name when the body ends without an error.
+
+        later: stages that must not have been begun, since that was with what this one made before.
+        """
+        for begun in filter(Path.is_dir, (self.folder / f"{stage}.tmp" for stage in later)):
+            raise UserError(f"{begun} was begun with another {name} than this command makes: delete it")
         unfinished, start = self.folder / f"{name}.tmp", time.time()
+        before = self.seconds().get(name, 0.0) if unfinished.is_dir() else 0.0
         self._stage = unfinished
         check_settings(unfinished, settings, keep=True)
         unfinished.mkdir(exist_ok=True)
         distributed.barrier()
         try:
             yield unfinished
+        except UserError:
+            if distributed.rank() == 0 and [path.name for path in unfinished.iterdir()] == ["settings.json"]:
+                shutil.rmtree(unfinished)  # nothing was done with what the user will now mend
+            raise
         finally:
-            write_json(self.folder / "seconds.json",
-                       self.seconds() | {name: round(self.seconds().get(name, 0.0) + time.time() - start, 1)})
+            write_json(self.folder / "seconds.json", self.seconds() | {name: round(before + time.time() - start, 1)})
         distributed.barrier()
         if distributed.rank() == 0:
             self._finish(name, unfinished)
@@ -221,15 +234,15 @@ class Run:
             file.write(json.dumps(line | {key: round(float(value), 6) for key, value in metrics.items()}) + "\n")
 
 
-def check_settings(folder, settings: dict, keep=False):
+def check_settings(folder, settings: dict, keep=False, remedy="choose another --output_dir, or delete that folder and "
+                   "those of the later stages"):
     """UserError if `folder/settings.json` holds other settings; keep: then it holds these."""
     path = folder / "settings.json"
-    made = _flat(read_json(path)) if path.exists() else {}
-    now = _flat(json.loads(json.dumps(settings)))
+    made = flags(read_json(path)) if path.exists() else {}
+    now = flags(json.loads(json.dumps(settings)))
     for key in sorted(made.keys() | now.keys() if made else ()):
         if made.get(key) != now.get(key):
-            raise UserError(f"{folder} was made with --{key} {made.get(key)}, this command says {now.get(key)}: "
-                            "choose another --output_dir, or delete that folder and those of the later stages")
+            raise UserError(f"{folder} was made with --{key} {made.get(key)}, this command says {now.get(key)}: {remedy}")
     if keep:
         write_json(path, settings)
 
@@ -250,10 +263,10 @@ def read_log(folder) -> dict[tuple[str, int], dict]:
     return {(line["part"], line["step"]): line for path in sorted(folder.glob("*/log.jsonl")) for line in read_lines(path)}
 
 
-def _flat(values, prefix="") -> dict:
+def flags(values, prefix="") -> dict:
     """{"a": {"b": 1}} -> {"a.b": 1}: the names of the command line's flags."""
     return {key: value for name, inner in values.items() for key, value in
-            (_flat(inner, f"{prefix}{name}.") if isinstance(inner, dict) else {f"{prefix}{name}": inner}).items()}
+            (flags(inner, f"{prefix}{name}.") if isinstance(inner, dict) else {f"{prefix}{name}": inner}).items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -398,23 +411,3 @@ def in_processes(function, arguments, num_procs, name, unit):
         futures = [pool.submit(function, *values) for values in arguments]
         for future in tqdm(as_completed(futures), total=len(futures), desc=name, unit=unit):
             future.result()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory
-# ---------------------------------------------------------------------------------------------------------------------
-def size_of(module) -> int:
-    """Bytes of its parameters."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-
-
-def check_memory(needed, device, what, remedy):
-    """UserError if `device` has less free memory than `needed` bytes."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-    if needed > free:
-        raise UserError(f"{needed / 1e9:.1f} GB of memory are needed {what}, {free / 1e9:.1f} GB are free on {device}: "
-                        f"{remedy}")

@@ -26,8 +26,8 @@ class StartConfig:
     release: float = 0.0  # fraction that starts two to four chunks before they open again
     midway: float = 0.1  # fraction that starts at any later frame in which the task is not done
     hottest: float = 2.0  # only episodes explored at most at this temperature: in hotter ones the hand is often lost
-    demonstrations: bool = True  # start in demonstrations, too, whose states the policy itself seldom comes to
-    quantiles: float = 1.0  # share of the quantiles, around the median, that a start's fingers and lift are drawn from
+    demonstrations: bool = True  # in imagination, start in demonstrations, too, where the policy itself seldom comes
+    quantiles: float = 1.0  # in imagination: share of the quantiles, around the median, for a start's fingers and lift
     focus: float = 1.0  # a task's share of the starts grows with its failures in exploration, to this power; 0: all alike
 
 
@@ -97,7 +97,8 @@ def short_tries(episodes, config) -> list[LiberoContext]:
     """More of what decides an episode, for a fraction of its time: grasps and releases.
 
     Grasps: new placements, cut off three chunks after the fingers first close in the task's median episode. Releases: the
-    training episodes again, from one to three chunks before their fingers first opened again to three chunks after.
+    training episodes again, from one to three chunks before their fingers first opened again to three chunks after; where
+    the goal is reached before they open (in the basket, and still in the hand), they show what remains done.
     """
     contexts, L, moments = [], config.policy.chunk_size, [finger_moments(episode.states) for episode in episodes]
     for task in config.task_ids:

@@ -38,11 +38,11 @@ from intervals import proportion, summarize
 from libero_env import LiberoVectorEnv, load_suite, step_limit
 from openvla import load_policy, pretrained_policy
 from openvla_memory import check_training
-from playing import control_steps, play
+from playing import control_steps, play, play_groups
 from policy import Policy, anchor_loss, clone_loss
-from ppo import add_lora, improve, make_optimizer, merge_lora, reference_of
+from ppo import add_lora, improve, make_optimizer, merge_lora, reference_of, rollout
 from reflector import Reflector, calibrate, reflector_loss
-from runs import (Run, UserError, clear_errors, find_model, fit, in_processes, load_resume, load_weights, read_json,
+from runs import (Run, UserError, check_settings, clear_errors, find_model, fit, in_processes, load_resume, load_weights, read_json,
                   read_lines, read_log, save_resume, step_generator, write_json)
 from starts import LiberoContext, short_tries, start_frames, true_starts
 from virtual_env import VirtualEnv
@@ -78,12 +78,12 @@ def train(config: TrainConfig):
         if done[name] or name in needless and name not in config.stages:
             continue
         if name in config.stages:
-            with run.stage(name, settings[name]) as folder:
+            with run.stage(name, settings[name], STAGES[STAGES.index(name) + 1:]) as folder:
                 step(config, run, folder, device)
         elif any(later in config.stages for later in STAGES[STAGES.index(name):]):
             raise UserError(f"{run.path(name)} is missing: add {name} to --stages")
     if run.path("evaluate").is_dir() and rank() == 0:
-        report.write_run(run, config, control_steps(run, config.rl_env))
+        report.write_run(run, config, control_steps(run, config))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,6 +141,9 @@ def keep(stage, config, folder):
     source = Path(config.refresh) / stage
     if not source.is_dir():
         raise UserError(f"{source} is missing: --refresh takes a finished run folder")
+    if stage != "explore":  # what is taken must be what this command says
+        free = {name: read_json(source / "settings.json")[name] for name in ("refresh", "seed")}
+        check_settings(source, stage_settings(config, stage) | free, remedy="say the same, or --refresh another run")
     if rank() == 0:
         shutil.copytree(source, folder, ignore=shutil.ignore_patterns("settings.json", "episodes.jsonl"), dirs_exist_ok=True)
         if (source / "episodes.jsonl").exists():  # last: it says that the episodes are there
@@ -293,7 +296,7 @@ def imagine(config, run, folder, device):
     policy = first_policy(config, run, device)
     torch.manual_seed(config.seed)
     if config.filtered_cloning or config.rl_env == "none":
-        successes = [episode for episode in explored(config, run)[0] if episode.success.any()]
+        successes = [episode for episode in explored(config, run)[0] if episode.achieved]
         fit_clone("filtered", policy, demonstrations(run) + successes, config, run, folder / "filtered", device)
     if config.rl_env == "none":
         return policy.save_pretrained(folder)
@@ -320,7 +323,7 @@ def imagine(config, run, folder, device):
             if config.rl_env == "virtual":
                 env.reset_noise(iteration)
             metrics = improve(policy, optimizer, env, draw, config.ppo, step_generator(config.seed, iteration), anchor,
-                              reference)
+                              reference, rollout if config.rl_env == "virtual" else play_groups)
             run.log("imagine", iteration + 1, metrics)
             if config.check.every and ((iteration + 1) % config.check.every == 0 or iteration + 1 == config.ppo.iterations):
                 look(iteration + 1)
@@ -406,7 +409,8 @@ def evaluate(config, run, folder, device):
         return
     (folder / "videos").mkdir(exist_ok=True)
     last = list(policies)[-1]
-    film_some(lines[last], folder / last, folder / "videos", config.evaluate.videos, world, reflector)
+    film_some(lines[last], folder / last, folder / "videos", config.evaluate.videos, world, reflector,
+              config.evaluate.stop.eta)
     write_json(folder / "results.json", results)
 
 

@@ -53,7 +53,7 @@ SIGMA_DATA = 1.0  # standard deviation of what is diffused: residual_std sees to
 
 @dataclass
 class WorldModelConfig:
-    """The world simulator. The defaults train in ten minutes on two cores."""
+    """The world simulator, as the preset medium has it; small has narrower channels."""
     image_size: int = 64  # height and width of a picture
     chunk_size: int = 8  # actions in a chunk (L)
     patch: int = 2  # pixel-unshuffle: the U-Net's grid is image_size / patch wide

@@ -23,10 +23,39 @@ def test_sizes_that_differ_are_one_clear_line(flag):
         config.parse([flag])
 
 
-@pytest.mark.parametrize("flags", ["--explore.held_out=0", "--explore.held_out=17", "--evaluate.episodes=0"])
+@pytest.mark.parametrize("flags", ["--explore.held_out=0", "--explore.held_out=17", "--evaluate.episodes=0",
+                                   "--evaluate.episodes=51"])
 def test_nothing_to_test_on_is_one_clear_line(flags):
     with pytest.raises(UserError, match="--explore.held_out.*above 0"):
         config.parse([flags])
+
+
+@pytest.mark.parametrize("flag, least", [
+    ("num_demos", 1), ("check.episodes", 1), ("ppo.microbatch", 1), ("ppo.group_size", 2), ("virtual.stop.confirm", 1),
+    ("reflect.batch_size", 2), ("clone.batch_size", 1), ("clone.accumulate", 1), ("simulate.save_every", 1)])
+def test_too_little_of_something_is_one_clear_line(flag, least):
+    assert config.parse([f"--{flag}", str(least)])
+    with pytest.raises(UserError, match=f"--{flag} must be {least} or more"):
+        config.parse([f"--{flag}", str(least - 1)])
+
+
+@pytest.mark.parametrize("flags, words", [(["--seed", "-1"], "0 to 198"), (["--seed", "199"], "0 to 198"),
+                                          (["--task_ids", "3", "0", "3"], "twice")])
+def test_seeds_and_tasks_that_would_repeat_placements_are_one_clear_line(flags, words):
+    with pytest.raises(UserError, match=words):
+        config.parse(flags)
+
+
+def test_the_highest_seed_explores_nothing_that_validation_or_tests_play():
+    from evaluate import TEST_SEED
+    from train import CHECK_SEED
+    assert 100_000 * (config.parse(["--seed", "198"]).seed + 1) + 100_000 <= min(CHECK_SEED, TEST_SEED)
+
+
+def test_a_stage_is_made_anew_where_what_it_was_measured_with_changes():
+    plain, other = config.parse([]), config.parse(["--virtual.stop.eta", "0.7"])
+    changed = {name for name in config.STAGES if config.stage_settings(plain, name) != config.stage_settings(other, name)}
+    assert changed == {"reflect", "imagine"}, "held-out verdicts decide whether RL may start"
 
 
 def test_a_task_has_a_thousand_placements_of_its_own_for_exploration():

@@ -47,7 +47,8 @@ def test_a_world_batch_pairs_memory_and_next_frame_with_the_chunks_around_them()
     assert batch["memory"][:, :, 0, 0, 0, 0].tolist() == [[0, 8, 16, 8, 32], [0] * 5]  # frames 0, 1, 2, 1, 4
     assert batch["memory_states"][:, :, 0].tolist() == [[0, 8, 16, 8, 32], [0] * 5]
     assert batch["target"][:, 0, 0, 0, 0].tolist() == batch["next_state"][:, 0].tolist() == [40, 8]
-    assert batch["actions"][:, 0, 0].tolist() == [32, 0] and batch["previous_actions"][:, 7, 0].tolist() == [31, 0]
+    assert batch["actions"][:, 0, 0].tolist() == [32, 0]
+    assert data.transitions([(0, 4), (0, 0)])[1][:, 7, 0].tolist() == [31, 0], "the chunks before"
     many = data.world_batch(3, torch.Generator().manual_seed(0), transitions=50)
     assert len(many["target"]) == 3
     assert {value.shape[:2] for value in many["transitions"]} == {(3, 16)}
@@ -93,6 +94,8 @@ def test_an_episode_taken_up_again_remembers_its_past_and_teaches_what_came_afte
     again = whole.until(2).followed_by(later)
     assert again.images[:, 0, 0, 0, 0].tolist() == again.states[:, 0].tolist() == [0, 8, *range(100, 141, 8)]
     assert again.actions[:, 0].tolist() == [*range(16), *range(100, 140)] and again.success.tolist() == [False] * 6 + [True] * 2
+    assert again.achieved and whole.achieved and not whole.until(3).achieved
+    assert not replace(again, past=6).achieved, "it was, before the episode was taken up again"
     again.save(tmp_path / "again.npz")
     data = ChunkData([Episode.load(tmp_path / "again.npz")], 8, "cpu")
     assert data.frames == [(0, t) for t in range(2, 8)] and data.index == [(0, t) for t in range(2, 7)]

@@ -14,10 +14,11 @@ import openvla
 import runs
 from openvla import FULL_SIZE, OpenVLAPolicy, assign_keys, is_unused, load_policy, pixel_values
 from openvla_memory import memory
+from encoders import check_memory, size_of
 from openvla_tiny import DATA, FULL, GOLDEN, TINY, fill, hash01, key_shapes, write_checkpoint
 from policy import Policy, PolicyConfig, clone_loss
 from ppo import LoRA, PPOConfig, Rollout, add_lora, make_optimizer, update
-from runs import FitConfig, UserError, check_memory, fit, load_resume, save_resume, size_of
+from runs import FitConfig, UserError, fit, load_resume, save_resume
 
 torch.set_num_threads(1)
 SOUP, LONGER = "pick up the alphabet soup and place it in the basket", "put the soup in the basket and the alphabet up to it"

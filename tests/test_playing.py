@@ -1,20 +1,24 @@
 """Promises of playing.py, on a made-up simulator."""
 import json
+from dataclasses import fields
 
+import numpy as np
 import pytest
 import torch
 
+from config import TrainConfig
 from episodes import Episode
-from playing import play
+from playing import control_steps, play, play_groups
 from policy import ActionDistribution
-from runs import read_lines
+from ppo import rollout
+from runs import Run, read_lines
 from starts import LiberoContext
 
 CONTEXTS = [LiberoContext(task, seed) for task in (0, 1, 2) for seed in range(3)]
 
 
 class Slot:
-    """Episodes of three chunks; the state is the sum of all actions."""
+    """Episodes of three chunks, or as long as their context says; the state is the sum of all actions."""
     num_envs, chunk_size, max_steps, rule = 1, 2, 6, None
 
     def __init__(self, broken, log):
@@ -25,6 +29,7 @@ class Slot:
 
     def reset(self, contexts, mask=None):
         (context,), self.steps = contexts, 0
+        self.last = context.max_steps or 6
         if (context.task_id, context.seed) == self.broken:
             raise RuntimeError("the simulator died")
         self.log.append(context.task_id)
@@ -34,7 +39,7 @@ class Slot:
     def step(self, actions):
         self.steps += 2
         self.state = self.state + actions.sum()
-        over = torch.tensor([self.steps == 6])
+        over = torch.tensor([self.steps == self.last])
         return self.observe(), over.float(), over & False, over, {"score": torch.tensor([float("nan")]), "success": over}
 
     def lengths(self, i):
@@ -83,6 +88,21 @@ def test_noise_by_chunk_moves_all_steps_of_a_chunk_alike(tmp_path):
         assert torch.equal(actions[::2], actions[1::2]) == alike
 
 
+@pytest.mark.parametrize("num_procs", [1, 3])
+def test_groups_that_each_process_plays_at_its_own_pace_are_one_rollout_of_all(num_procs):
+    contexts = sum([[LiberoContext(task, max_steps=steps)] * 2 for task, steps in enumerate((2, 6, 4, 2))], [])
+    noises = [[torch.Generator().manual_seed(i) for i in range(8)] for _ in range(2)]
+    env = Env(num_procs)
+    together = play_groups(Noisy(), env, contexts, noises[0], chunk_noise=True, explore_chunks=2)
+    want = rollout(Noisy(), Slot(None, []), contexts, generator=noises[1], chunk_noise=True, explore_chunks=2)
+    for field in fields(want):
+        one, other = getattr(together, field.name), getattr(want, field.name)
+        assert one == other if field.name == "instruction" else torch.equal(one.nan_to_num(7), other.nan_to_num(7)), field.name
+    assert together.valid.sum(1).tolist() == [1, 1, 3, 3, 2, 2, 1, 1] and together.images.shape[1] == 4
+    assert sorted(task for log in env.logs for task in log[::2]) == [0, 1, 2, 3] and all(
+        log[::2] == log[1::2] for log in env.logs), "a group was divided"
+
+
 def test_a_process_stays_with_a_task_as_long_as_it_can(tmp_path):
     env = Env(1)
     played(tmp_path, env)
@@ -120,3 +140,24 @@ def test_an_episode_taken_up_again_is_kept_with_what_led_to_it(tmp_path):
     kept = Episode.load(tmp_path / line["file"])
     assert line["before"] == 4 and kept.past == 2 and len(kept.images) == 6 and len(kept.actions) == 4 + 6
     assert (kept.states[:2] == first.states[:2]).all() and (kept.actions[:4] == first.actions[:4]).all()
+    assert kept.success.tolist() == [False] * 5 + [True]
+    again.history.success[-1] = True
+    (line,) = play(Noisy(), Env(1), [again], tmp_path / "done", "test", 0, [1.0])
+    kept = Episode.load(tmp_path / "done" / line["file"])
+    assert kept.success.tolist() == [False, False, True, False, False, True], "where it begins, the task was done"
+
+
+def test_a_refresh_counts_its_own_control_steps_alone(tmp_path):
+    run = Run(tmp_path)
+    for stage in ("explore", "demonstrate/episodes"):
+        (tmp_path / stage).mkdir(parents=True)
+    np.savez(tmp_path / "demonstrate" / "episodes" / "0000.npz", actions=np.zeros((7, 7)))
+    lines = [{"seed": 100_003, "steps": 40, "before": 0}, {"seed": 100_900, "steps": 8, "before": 24}]
+    path = tmp_path / "explore" / "episodes.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    steps = control_steps(run, TrainConfig())
+    assert (steps["demonstrate"]["true"], steps["explore"]["true"]) == (7, 72)
+    with open(path, "a") as file:
+        file.write(json.dumps({"seed": 101_000, "steps": 16, "before": 8}) + "\n")
+    steps = control_steps(run, TrainConfig(refresh="runs/before"))
+    assert (steps["demonstrate"]["true"], steps["explore"]["true"]) == (0, 24)

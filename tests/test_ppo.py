@@ -180,7 +180,7 @@ def test_the_first_ratio_is_exactly_one_after_a_trip_through_the_buffer(chunk_no
     assert metrics["approx_kl"] == 0 and metrics["log_prob_gap"] < 1e-5
 
 
-def test_a_sampler_that_differs_from_the_scorer_shows_in_log_prob_gap():
+def test_another_temperature_than_the_rollouts_shows_in_log_prob_gap():
     policy = toy()
     played, advantage = buffer(policy, temperature=2.0)
     assert updated(policy, played, advantage, temperature=1.0)[1]["log_prob_gap"] > 0.1

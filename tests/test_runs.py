@@ -101,6 +101,52 @@ def test_a_stage_made_with_other_settings_is_refused(tmp_path):
         run.done("clone", {"clone": {"lr": 0.2}})
 
 
+def test_a_command_that_is_refused_before_it_did_anything_leaves_no_stage_behind(tmp_path):
+    run = Run(tmp_path)
+    for files in ([], ["episode.npz"]):
+        with pytest.raises(UserError, match="no such folder"), run.stage("demonstrate", {"demos": "typo"}) as folder:
+            for name in files:
+                (folder / name).write_text("work")
+            raise UserError("no such folder")
+        assert (tmp_path / "demonstrate.tmp").exists() == bool(files)
+    with pytest.raises(UserError, match="demos typo"):  # begun with other settings: refused before anything is written
+        run.done("demonstrate", {"demos": "right"})
+
+
+def test_a_stage_is_not_made_anew_below_one_that_was_begun(tmp_path):
+    run = Run(tmp_path)
+    with pytest.raises(ZeroDivisionError), run.stage("explore", {}) as folder:
+        (folder / "episode.npz").write_text("of the old clone")
+        1 / 0
+    with pytest.raises(UserError, match="explore.tmp was begun with another clone.*delete it"):
+        with run.stage("clone", {}, ("explore", "simulate")):
+            pass
+    assert not run.path("clone").exists()
+
+
+def test_the_seconds_are_those_of_the_stage_that_is_there(tmp_path, monkeypatch):
+    run, clock = Run(tmp_path), [0.0]
+    monkeypatch.setattr("runs.time.time", lambda: clock[0])
+    for ends, want in ((False, 1), (True, 2), (True, 1)):  # stopped, gone on, made anew
+        try:
+            with run.stage("clone", {}) as folder:
+                (folder / "half.txt").write_text("x")
+                clock[0] += 1
+                1 / ends
+        except ZeroDivisionError:
+            pass
+        assert run.seconds() == {"clone": want}
+
+
+def test_files_where_folders_should_be_are_one_clear_line(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match="choose another --output_dir"):
+            Run(path)
+    with pytest.raises(UserError, match="does not exist"):
+        read_json(tmp_path / "file" / "config.json")
+
+
 def test_a_second_process_cannot_use_the_same_run_folder(tmp_path):
     code = ("import sys; from runs import Run, clear_errors\n"
             "with clear_errors(): Run(sys.argv[1])")

@@ -190,6 +190,9 @@ def test_a_refresh_explores_with_the_last_policy_and_keeps_data_and_weights(fini
     assert all(episode["seed"] >= 101_000 for episode in new)
     with pytest.raises(UserError, match="finished run folder"):
         call("train.py", *TINY, "--refresh", tmp_path / "none", "--output_dir", tmp_path / "r")
+    for flags, words in ((["--task", "libero_goal"], "--task libero_object"), (["--policy.width", 32], "--policy.width 64")):
+        with pytest.raises(UserError, match=f"{words}, this command says .*: say the same"):
+            call("train.py", *TINY, *flags, "--refresh", finished[0], "--output_dir", tmp_path / "r")
 
 
 def test_a_world_simulator_may_start_from_any_of_ours(finished, tmp_path):
@@ -264,6 +267,9 @@ def test_evaluate_is_a_command_of_its_own_that_goes_on_where_it_was(finished):
     first = run(*command, 1)
     assert first.returncode == 0, first.stderr
     folder = finished[0] / "eval_libero_object"
+    for wrong, words in (([finished[0] / "imagine"], "not that of one of its stages"), ([finished[0], "--task_ids", 0, 0], "twice")):
+        with pytest.raises(UserError, match=words):
+            call("evaluate.py", "--checkpoint", *wrong)
     lines = (folder / "post_trained" / "episodes.jsonl").read_text()
     results = json.loads((folder / "results.json").read_text())
     assert results["policies"]["cloned"]["self_stop"]["episodes"] == 1 and results["per_task"]["cloned"].keys() == {"0"}
