@@ -91,11 +91,13 @@ def results_table(results: dict) -> str:
 
 
 def _cost_table(seconds, steps) -> str:
-    rows = [[stage, duration(time), *(f"{steps.get(stage, {}).get(world, 0):,}" for world in ("true", "imagined"))]
+    worlds = ("true", "imagined") if steps else ()
+    rows = [[stage, duration(time), *(f"{steps.get(stage, {}).get(world, 0):,}" for world in worlds)]
             for stage, time in seconds.items()]
-    total = [f"{sum(values.get(world, 0) for values in steps.values()):,}" for world in ("true", "imagined")]
+    total = [f"{sum(values.get(world, 0) for values in steps.values()):,}" for world in worlds]
     rows.append(["**all**", *(f"**{value}**" for value in [duration(sum(seconds.values())), *total])])
-    return _markdown(["stage", "time", "true control steps", "imagined control steps"], rows)
+    names = {"true": "true control steps", "imagined": "control steps imagined in RL"}
+    return _markdown(["stage", "time", *(names[world] for world in worlds)], rows)
 
 
 def _success_table(results) -> str:
