@@ -382,7 +382,8 @@ def evaluate_runs(arguments, runs, trained, suite, task_ids, num_procs, device):
         if arguments.videos and reflector and suite == config["task"] and (run / "simulate").is_dir():
             world = load_model(WorldModel, run / "simulate", device)
         for policy, rows in lines[name].items():
-            videos = film_some(rows, folder / policy, folder / policy / "videos", arguments.videos, world, reflector, rule.eta)
+            videos = film_some(rows, folder / policy, folder / policy / "videos", arguments.videos, world, reflector,
+                               rule.eta)
             write_json(folder / policy / "eval_info.json", eval_info(rows, suite, arguments.stop, videos))
     flat, pairs = lines[names[0]], None
     if len(runs) > 1:  # the policies of a run against each other; with two runs also each against its namesake

@@ -81,8 +81,10 @@ def play(policy, env: LiberoVectorEnv, contexts, folder, source, seed, temperatu
 
 
 def play_groups(policy, env: LiberoVectorEnv, contexts, generator, **noise) -> Rollout:
-    """`rollout` in the true simulator, each process at its own pace: it plays whole groups of one context. generator: a list,
-    one for each of `contexts`."""
+    """`rollout` in the true simulator, each process at its own pace: it plays whole groups of one context.
+
+    generator: a list, one for each of `contexts`.
+    """
     groups = [list(group) for _, group in groupby(range(len(contexts)), key=lambda i: id(contexts[i]))]
     slots, threads = env.single_slots(), torch.get_num_threads()
 

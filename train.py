@@ -42,8 +42,8 @@ from playing import control_steps, play, play_groups
 from policy import Policy, anchor_loss, clone_loss
 from ppo import add_lora, improve, make_optimizer, merge_lora, reference_of, rollout
 from reflector import Reflector, calibrate, reflector_loss
-from runs import (Run, UserError, check_settings, clear_errors, find_model, fit, in_processes, load_resume, load_weights, read_json,
-                  read_lines, read_log, save_resume, step_generator, write_json)
+from runs import (Run, UserError, check_settings, clear_errors, find_model, fit, in_processes, load_resume, load_weights,
+                  read_json, read_lines, read_log, save_resume, step_generator, write_json)
 from starts import LiberoContext, short_tries, start_frames, true_starts
 from virtual_env import VirtualEnv
 from world_model import WorldModel, grasp_loss, world_model_loss

@@ -12,9 +12,9 @@ from torch import nn
 
 import openvla
 import runs
+from encoders import check_memory, size_of
 from openvla import FULL_SIZE, OpenVLAPolicy, assign_keys, is_unused, load_policy, pixel_values
 from openvla_memory import memory
-from encoders import check_memory, size_of
 from openvla_tiny import DATA, FULL, GOLDEN, TINY, fill, hash01, key_shapes, write_checkpoint
 from policy import Policy, PolicyConfig, clone_loss
 from ppo import LoRA, PPOConfig, Rollout, add_lora, make_optimizer, update
