@@ -94,10 +94,11 @@ def play_groups(policy, env: LiberoVectorEnv, contexts, generator, **noise) -> R
         slots.append(slot)  # its thread takes it again, and with it a simulator that may have the next group's task
         return played
     torch.set_num_threads(1)  # the cores are busy with the simulators
-    with ThreadPoolExecutor(len(slots)) as pool:
-        parts = list(pool.map(serve, groups))
-    torch.set_num_threads(threads)
-    return together(parts)
+    try:
+        with ThreadPoolExecutor(len(slots)) as pool:
+            return together(list(pool.map(serve, groups)))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def next_episode(todo, playing, slot):

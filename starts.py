@@ -9,7 +9,6 @@ Frames are (k, t): chunk boundary t of trajectory k of a `ChunkData`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 
 import numpy as np
@@ -49,9 +48,8 @@ class LiberoContext:
 
 def true_starts(data: ChunkData, frames, max_steps) -> list[LiberoContext]:
     """The true simulator's start contexts at `frames` of explored episodes; `ChunkData.starts` are imagination's."""
-    episodes = [(data.episodes[k], t) for k, t in frames]
-    return [LiberoContext(episode.task_id, episode.seed, history=episode.until(t), max_steps=max_steps)
-            for episode, t in episodes]
+    return [LiberoContext(data.episodes[k].task_id, data.episodes[k].seed, history=data.episodes[k].until(t),
+                          max_steps=max_steps) for k, t in frames]
 
 
 def start_pools(data: ChunkData) -> dict[tuple[str, int], list[tuple[int, int]]]:
@@ -81,16 +79,16 @@ def start_frames(data, explored, config: StartConfig, task_ids):
         shares[task] = ((sum(failed) + 1) / (len(failed) + 2)) ** config.focus
     kinds = {kind: getattr(config, kind) for kind in ("midway", "contact", "release")}
     kinds["opening"] = max(0.0, 1 - sum(kinds.values()))
-    return partial(_draw, pools, shares, kinds)
 
-
-def _draw(pools, shares, kinds, count, generator):
-    def drawn(weights):
+    def chosen(weights, count, generator):
         indices = torch.multinomial(torch.tensor([*weights.values()]), count, replacement=True, generator=generator)
         return [[*weights][i] for i in indices.tolist()]
-    tasks = drawn(shares)
-    chosen = [pools.get((kind, task)) or pools["opening", task] for kind, task in zip(drawn(kinds), tasks)]
-    return [pool[int(torch.randint(len(pool), (), generator=generator))] for pool in chosen]
+
+    def draw(count, generator) -> list[tuple[int, int]]:
+        tasks, names = chosen(shares, count, generator), chosen(kinds, count, generator)
+        places = [pools.get((name, task)) or pools["opening", task] for name, task in zip(names, tasks)]
+        return [pool[int(torch.randint(len(pool), (), generator=generator))] for pool in places]
+    return draw
 
 
 def short_tries(episodes, config) -> list[LiberoContext]:

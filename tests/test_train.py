@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 
 import evaluate
 import train
-from episodes import Episode
 from intervals import wilson_interval
 from openvla_tiny import write_checkpoint
 from config import parse
