@@ -50,26 +50,26 @@ class Bright:
         return torch.sigmoid((current.float().mean(dim=(1, 2, 3, 4)) - 127.5) / 2)
 
 
-def train_all(folder, accumulate=1):
+def train_all(folder, accumulate=1, device=CPU):
     """Every kind of training and of playing, tiny: {name: change of the weights}, and what else must be alike.
 
     By plain gradient descent: Adam blows rounding up to whole steps where a gradient is nearly zero. One iteration of RL:
     in the second one, rounding of imagined pictures to 8 bits would do the same.
     """
-    config, data, log, weights = replace(STEPS, accumulate=accumulate), ChunkData(episodes(), L, CPU), {}, {}
+    config, data, log, weights = replace(STEPS, accumulate=accumulate), ChunkData(episodes(), L, device), {}, {}
 
     def learn(name, model, make_batch, loss_fn):
         (folder / name).mkdir(parents=True, exist_ok=True)
         before = vector(model)
         with mock.patch("torch.optim.AdamW", torch.optim.SGD):
-            fit(name, model, make_batch, loss_fn, config, folder / name, 0, CPU,
+            fit(name, model, make_batch, loss_fn, config, folder / name, 0, device,
                 lambda name, step, metrics: log.update({name: metrics}))
         weights[name] = vector(model) - before
 
     torch.manual_seed(0)
-    world, reflector, clone_data = WorldModel(WORLD, CAMERAS, NORMALIZER), Reflector(REFLECTOR), CloneData(
-        episodes(), NORMALIZER, L, CPU)
-    learn("clone", Policy(POLICY, NORMALIZER), lambda step, generator: clone_data.batch(7, generator), clone_loss)
+    world, reflector = WorldModel(WORLD, CAMERAS, NORMALIZER).to(device), Reflector(REFLECTOR).to(device)
+    clone_data = CloneData(episodes(), NORMALIZER, L, device)
+    learn("clone", Policy(POLICY, NORMALIZER).to(device), lambda step, generator: clone_data.batch(7, generator), clone_loss)
     learn("simulate", world, lambda step, generator: data.world_batch(7, generator, transitions=21), world_model_loss)
     learn("grasp", world.grasp_predictor, lambda step, generator: data.grasp_batch(7, generator),
           lambda _, batch, generator, rows: grasp_loss(world, batch, generator, rows))
@@ -78,12 +78,13 @@ def train_all(folder, accumulate=1):
     ppo = PPOConfig(groups=3, group_size=3, minibatch=5, microbatch=3, warmup=1, epochs=2, explore_chunks=2, anchor_batch=2,
                     hold=0.1)  # towards another policy: at full weight ratios leave the band, on whose edge rounding tells
     torch.manual_seed(1)  # as every stage does before it draws a network
-    mine, dream, policy = distributed.shard(range(3)), WorldModel(WORLD, CAMERAS, NORMALIZER), Policy(POLICY, NORMALIZER)
+    mine, dream = distributed.shard(range(3)), WorldModel(WORLD, CAMERAS, NORMALIZER).to(device)
+    policy = Policy(POLICY, NORMALIZER).to(device)
     before, start = vector(policy), copy.deepcopy(policy)
     env = VirtualEnv(dream, Bright(), VirtualEnvConfig(horizon=3, stop=StopRule(0.8, 1)), len(mine) * 3, 3, mine[0] * 3, 9)
     log["imagine"] = improve(policy, torch.optim.SGD(policy.parameters(), 3e-4), env, lambda count, generator: data.starts(
         [data.index[i] for i in torch.randint(len(data.index), (count,), generator=generator)]), ppo, step_generator(0, 0),
-                             partial(anchor_loss, data=clone_data, size=7, microbatch=3), Policy(POLICY, NORMALIZER))
+                             partial(anchor_loss, data=clone_data, size=7, microbatch=3), Policy(POLICY, NORMALIZER).to(device))
     weights["imagine"] = vector(policy) - before
 
     log["episodes"] = [name for name, _ in played(folder / "explore", Env(2), CONTEXTS[:7])]

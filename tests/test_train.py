@@ -24,6 +24,7 @@ from vlm_tiny import tiny_encoder, tiny_vae, tiny_vlm
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--preset", "tiny", "--device", "cpu"]
+ON_GPU = ["--preset", "tiny", "--device", "pretend"]  # with the fixture `gpu`
 
 
 def run(script, *arguments):
@@ -137,9 +138,9 @@ def test_rl_stopped_after_two_iterations_and_resumed_equals_a_straight_run_of_fo
     assert any(not torch.equal(a[key], start[key]) for key in a), "RL changed nothing"
 
 
-def test_rl_runs_in_the_true_simulator_with_the_same_code(finished, tmp_path):
+def test_rl_runs_in_the_true_simulator_with_the_same_code(finished, gpu, tmp_path):
     folder = copy_of(finished, tmp_path, ["imagine", "evaluate"])
-    call("train.py", *TINY, "--stages", "imagine", "--rl_env", "libero", "--ppo.iterations", 1, "--ppo.groups", 1,
+    call("train.py", *ON_GPU, "--stages", "imagine", "--rl_env", "libero", "--ppo.iterations", 1, "--ppo.groups", 1,
          "--ppo.group_size", 2, "--check.every", 0, "--start.contact", 0, "--start.midway", 1, "--output_dir", folder)
     assert (folder / "imagine" / "model.safetensors").exists()
     steps = read_log(folder)["imagine", 1]["control_steps"]
@@ -209,10 +210,10 @@ FEW = ["--clone.steps", 2, "--clone.batch_size", 2, "--ppo.iterations", 1, "--pp
        "--check.every", 0]
 
 
-def test_every_stage_runs_on_pretrained_models(finished, tmp_path):
+def test_every_stage_runs_on_pretrained_models(finished, gpu, tmp_path):
     """An OpenVLA-OFT checkpoint as policy, an encoder and a VAE for the simulator, an image-text model as reflector."""
     folder = copy_of(finished, tmp_path, ["clone", "explore", "simulate", "reflect", "imagine", "evaluate"])
-    call("train.py", *TINY, *FEW, "--policy.backbone", write_checkpoint(tmp_path / "openvla"), "--ppo.lora_rank", 2,
+    call("train.py", *ON_GPU, *FEW, "--policy.backbone", write_checkpoint(tmp_path / "openvla"), "--ppo.lora_rank", 2,
          "--policy.gradient_checkpointing", "--world_model.vae", tiny_vae(tmp_path / "vae"), "--world_model.patch", 1,
          "--world_model.encoders", tiny_encoder(tmp_path / "dino", "dinov2"), "--reflector.backbone",
          tiny_vlm(tmp_path / "vlm", "llava"), "--simulate.steps", 2, "--drift.steps", 2, "--reflect.steps", 2,
@@ -231,9 +232,9 @@ def test_an_image_text_model_is_cloned_and_post_trained_as_the_policy(finished, 
     assert all(name.startswith(("scale_head.", "action_head.")) for name in start) and any(name.endswith("q_proj.b") for name in end)
 
 
-def test_both_worlds_are_looked_at_between_rl_iterations(finished, tmp_path):
+def test_both_worlds_are_looked_at_between_rl_iterations(finished, gpu, tmp_path):
     folder = copy_of(finished, tmp_path, ["imagine", "evaluate"])
-    call("train.py", *TINY, "--stages", "imagine", "--ppo.iterations", 1, "--check.every", 2, "--check.episodes", 1,
+    call("train.py", *ON_GPU, "--stages", "imagine", "--ppo.iterations", 1, "--check.every", 2, "--check.episodes", 1,
          "--output_dir", folder)  # the last iteration is looked at, whatever --check.every divides
     looks = [json.loads(line) for line in (folder / "imagine" / "log.jsonl").read_text().splitlines() if '"check"' in line]
     assert [look["step"] for look in looks[-2:]] == [0, 1]
@@ -316,8 +317,8 @@ def test_two_checkpoints_are_compared_on_the_same_states(finished, tmp_path, cap
         call("evaluate.py", "--checkpoint", finished[0], other, "--device", "cpu")
 
 
-def test_world_measures_the_imagination_on_episodes_of_its_own_and_goes_on_where_it_was(finished):
-    command = ["evaluate.py", "--world", finished[0], "--task_ids", 0, "--episodes", 2, "--max_steps", 96, "--device", "cpu"]
+def test_world_measures_the_imagination_on_episodes_of_its_own_and_goes_on_where_it_was(finished, gpu):
+    command = ["evaluate.py", "--world", finished[0], "--task_ids", 0, "--episodes", 2, "--max_steps", 96, "--device", "pretend"]
     call(*command)
     folder = finished[0] / "world_2"
     measured = json.loads((folder / "fidelity.json").read_text())
@@ -338,8 +339,8 @@ def test_world_measures_the_imagination_on_episodes_of_its_own_and_goes_on_where
             call(*command, *other)
 
 
-def test_the_benchmark_compares_both_worlds_on_this_machine(finished, capsys):
-    call("evaluate.py", "--checkpoint", finished[0], "--benchmark", "--device", "cpu")
+def test_the_benchmark_compares_both_worlds_on_this_machine(finished, gpu, capsys):
+    call("evaluate.py", "--checkpoint", finished[0], "--benchmark", "--device", "pretend")
     speed = {name: float(value) for name, value in (line.split() for line in capsys.readouterr().out.strip().split("\n")[-5:])}
     assert all(value > 0 for value in speed.values())
     assert speed["imagined_over_true"] == pytest.approx(speed["imagined_steps_per_s"] / speed["true_steps_per_s"], rel=0.05)
