@@ -5,7 +5,6 @@ the CPU in one operation, to be drawn by a generator of the CPU, to be read by n
 fast they are, how much memory they take.
 """
 import torch
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 aten = torch.ops.aten
@@ -63,29 +62,39 @@ class Generator(torch.Generator):
 
 def run(function, args, kwargs):
     """What the CPU gives, and on the device where a GPU would have put it."""
-    there = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, PretendTensor)]
+    there, here = [], []
+
+    def unwrap(x):
+        if isinstance(x, PretendTensor):
+            there.append(x)
+            return x.raw
+        if isinstance(x, torch.Tensor) and x.dim():  # single numbers may be anywhere
+            here.append(x)
+        return type(x)(map(unwrap, x)) if isinstance(x, (list, tuple)) else x
+
+    raw = unwrap(args), {name: unwrap(x) for name, x in kwargs.items()}
     if kwargs.get("device") is not None:
-        on_gpu, kwargs = torch.device(kwargs["device"]).type == "pretend", kwargs | {"device": "cpu"}
+        on_gpu, raw[1]["device"] = torch.device(kwargs["device"]).type == "pretend", "cpu"
     else:
         on_gpu = isinstance(args[0], PretendTensor) if function in COPYING or function in INDEXING else bool(there)
-    flat, spec = tree_flatten((args, kwargs))
-    tensors = [x for x in flat if isinstance(x, torch.Tensor)]
-    strangers = [x for x in tensors if isinstance(x, PretendTensor) != on_gpu and x.dim()]  # single numbers may be anywhere
-    if on_gpu and function in INDEXING:
-        strangers = [x for x in strangers if x.is_floating_point()]  # a GPU's tensor may be indexed by the CPU's
-    if there and strangers and function not in COPYING:
-        raise RuntimeError(f"{function}: tensors of two devices, {[(tuple(x.shape), str(x.device)) for x in tensors]}")
+    if there and function not in COPYING:
+        strangers = here if on_gpu else there
+        if on_gpu and function in INDEXING:
+            strangers = [x for x in strangers if x.is_floating_point()]  # a GPU's tensor may be indexed by the CPU's
+        if strangers:
+            raise RuntimeError(f"{function}: tensors of two devices, {[(tuple(x.shape), str(x.device)) for x in there + here]}")
     generator = kwargs.get("generator")
     if generator is not None and Generator.device_types.get(generator._cdata, "cpu") != ("pretend" if on_gpu else "cpu"):
         raise RuntimeError(f"{function}: a generator of another device")
-    args, kwargs = tree_unflatten([x.raw if isinstance(x, PretendTensor) else x for x in flat], spec)
     changed_in_place = {id(x.raw): x for x in there}
 
     def wrap(x):
-        if not on_gpu or not isinstance(x, torch.Tensor):
-            return x
-        return changed_in_place[id(x)] if id(x) in changed_in_place else PretendTensor(x)
-    return tree_map(wrap, function(*args, **kwargs))
+        if isinstance(x, torch.Tensor):
+            return changed_in_place[id(x)] if id(x) in changed_in_place else PretendTensor(x)
+        return type(x)(map(wrap, x)) if isinstance(x, (list, tuple)) else x
+
+    result = function(*raw[0], **raw[1])
+    return wrap(result) if on_gpu else result
 
 
 LIBRARIES = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")  # registered as long as they live
