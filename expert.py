@@ -266,8 +266,7 @@ class Expert:
                                  else self.things[name].joints[-1])
         axis, anchor = self.data.xaxis[joint.id], self.data.xanchor[joint.id]
         axis = axis if joint.range[1] > -joint.range[0] else -axis  # the larger side of its range is the open one
-        own = np.isin(self.geoms, np.flatnonzero(self.model.geom_bodyid == joint.bodyid[0]))
-        geoms = self.geoms[own]
+        geoms = self.geoms[self.model.geom_bodyid[self.geoms] == joint.bodyid[0]]
         rotation = self.data.geom_xmat[geoms].reshape(-1, 3, 3)
         half = self.model.geom_aabb[geoms, 3:]
         centres = self.data.geom_xpos[geoms] + (rotation @ self.model.geom_aabb[geoms, :3, None])[..., 0]
@@ -279,8 +278,7 @@ class Expert:
         long = rotation[part][:, np.argmax(half[part] * np.abs(rotation[part][:2]).max(axis=0))]
         if np.linalg.norm(self.model.geom_aabb[geoms, 3:].max(axis=0)) < 0.1:  # a knob: turned about its middle
             return np.array([*anchor[:2], top[part] - 0.02]), axis, np.arctan2(long[1], long[0])
-        way = np.cross(axis, centres.mean(axis=0) - anchor)
-        part = np.argmax(centres @ way)
+        part = np.argmax(centres @ np.cross(axis, centres.mean(axis=0) - anchor))
         way = np.cross(axis, centres[part] - anchor)
         return centres[part], way / np.linalg.norm(way), 0.0
 
@@ -368,15 +366,17 @@ class Expert:
             cost = cost + 100 * ((ahead < need) | (across > 0.3))
         best = np.argsort(cost, kind="stable")[:100]
         u, v, z = in_hand(others[np.abs(others[:, :2] - middle[:2]).max(axis=1) < 0.2], centres[best], yaws[best])
-        touched = np.maximum(height[best], palm_height(u, v, z)) > top[best] - 0.006  # rather the palm than the fingers
-        under = (u < PALM[0]) & (v < PALM[1]) & (z > height[best] + FINGER_DEPTH)
-        cost = cost[best] + 100 * blocked(u, v, z, height[best]) + 50 * touched + under.sum(axis=0)
+        flat = height[best] > top[best] - 0.006  # of a flat thing the upper 14 mm will do
+        raised = np.maximum(height[best], palm_height(u, v, z) - 0.006 * flat)  # over what is beside it
+        touched = raised > top[best] + np.where(flat, 0.002, -0.006)  # rather the palm than the fingers
+        under = ((u < PALM[0]) & (v < PALM[1]) & (z > height[best] + FINGER_DEPTH)).sum(axis=0)
+        cost = cost[best] + 100 * blocked(u, v, z, height[best]) + 50 * touched + under * (touched | ~flat)
         goal, floor = self.landing(name, region)
         there = centres[best, :2] + goal - self.origin(name)[:2]
         palm = palm_height(*in_hand(others[np.abs(others[:, :2] - goal).max(axis=1) < 0.3], there, yaws[best]))
         cost = cost + 20 * (palm > floor + height[best] - own[:, 2].min() + 0.05)  # it would let go from high above
         c = np.argmin(cost)
-        height = height[best[c]] if touched[c] else max(height[best[c]], palm_height(u, v, z)[c])
+        height = height[best[c]] if touched[c] else raised[c]
         return np.array([*centres[best[c], :2], height]), yaws[best[c]], cost[c] < 90
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import demonstrations
-from expert import Expert
+from expert import FINGER_DEPTH, FINGERTIP, Expert
 from geometry import Camera, Cameras
 from libero_env import RENDER_SIZE, LiberoTask
 from runs import UserError
@@ -174,5 +174,20 @@ def test_expert_always_grips_the_same_side_of_a_bowl_for_a_clone_of_both_goes_in
             (_, bowl, cabinet), = expert.goals
             sides.append((expert.grip(bowl, cabinet)[0] - expert.origin(bowl))[1])
         assert min(sides) > 0.03, f"{np.round(sides, 3)}: its rim is 5 cm from its middle"
+    finally:
+        task.close()
+
+
+def test_expert_grips_a_packet_across_and_its_palm_stays_above_the_bowl_beside_it():
+    task = LiberoTask("libero_goal", 6)
+    try:
+        task.reset(seed=0)
+        expert = Expert(task, np.random.default_rng(0))
+        expert.action()
+        (_, packet, bowl), = expert.goals
+        grip, yaw, _ = expert.grip(packet, bowl)
+        bottom, top = expert.cloud[packet][:, 2].min(), expert.cloud[packet][:, 2].max()
+        assert abs(yaw) < 0.3, "the packet is 43 mm wide across, 81 mm along: at 45 degrees its corners are gripped"
+        assert grip[2] + FINGER_DEPTH > expert.cloud[bowl][:, 2].max() - 0.003 and bottom < grip[2] - FINGERTIP < top - 0.01
     finally:
         task.close()

@@ -217,7 +217,7 @@ def test_every_stage_runs_on_pretrained_models(finished, gpu, tmp_path):
          "--policy.gradient_checkpointing", "--world_model.vae", tiny_vae(tmp_path / "vae"), "--world_model.patch", 1,
          "--world_model.encoders", tiny_encoder(tmp_path / "dino", "dinov2"), "--reflector.backbone",
          tiny_vlm(tmp_path / "vlm", "llava"), "--simulate.steps", 2, "--drift.steps", 2, "--reflect.steps", 2,
-         "--explore.episodes", 2, "--explore.grasps", 0, "--explore.releases", 0, "--trust_world", "--evaluate.videos", 0,
+         "--explore.episodes", 2, "--explore.grasps", 0, "--explore.releases", 0, "--max_steps", 24, "--evaluate.videos", 0,
          "--output_dir", folder)
     start, end = (load_file(folder / stage / "model.safetensors") for stage in ("clone", "imagine"))
     assert all(name.startswith("scale_head.") for name in start) and any(name.endswith("q_proj.b") for name in end)
