@@ -163,6 +163,10 @@ def parse(arguments: list[str]) -> TrainConfig:
             raise UserError(f"--{flag} must be {least} or more")
     if not 0 <= config.seed < 199:
         raise UserError("--seed must be from 0 to 198: placements of higher ones would be those of validation and tests")
+    if config.drift.batch_size % 2:
+        raise UserError("--drift.batch_size must be even: half of a batch is imagined")
+    if not config.policy.views == config.reflector.views == 2:
+        raise UserError("--policy.views and --reflector.views must be 2: agent view and wrist")
     if len(set(config.task_ids)) < len(config.task_ids):
         raise UserError("--task_ids names a task twice")
     start = config.start

@@ -32,6 +32,7 @@ from libero_env import NO_OP, RENDER_SIZE, LiberoTask, load_suite, shrink, step_
 from runs import UserError, clear_errors
 
 PUSH_RATE = 0.06  # probability, at a control step, that a burst of (full) pushes starts
+SKILLS = {"on", "in", "open", "close", "turnon"}  # kinds of goals that the expert reaches
 DONE_STEPS = 9  # a demonstration ends when its goal has held this long: it shows what "done" looks like
 
 
@@ -88,6 +89,9 @@ def step_row(task, action, executed, render) -> dict:
 def collect_demonstrations(suite, task_id, count, seed, folder, mesh_cell=0.0, image_size=RENDER_SIZE) -> Path:
     """Write `folder`/<task name>_demo.hdf5: `count` demonstrations, from fresh placements, no test states."""
     task = LiberoTask(suite, task_id, mesh_cell, image_size)
+    for predicate in {goal[0] for goal in task.env.env.parsed_problem["goal_state"]} - SKILLS:
+        raise UserError(f"the scripted expert has no skill for '{predicate}' ({task.instruction}): leave {task_id} out of "
+                        "--task_ids, or give recorded demonstrations (--demos)")
     path = Path(folder) / f"{task.name}_demo.hdf5"
     temporary = path.with_name(path.name + ".writing")
     lengths = []

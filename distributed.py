@@ -61,7 +61,7 @@ def sum_gradients(parameters):
     """Add everyone's gradients up. A parameter that nobody has a gradient for keeps none, so that it stays as it is."""
     if world_size() == 1:
         return
-    parameters = list(parameters)
+    parameters = [p for p in parameters if p.requires_grad]
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     used = grads[0].new_tensor([p.grad is not None for p in parameters])
     flat = torch.cat([*(grad.flatten() for grad in grads), used])  # one message instead of hundreds

@@ -32,6 +32,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from runs import UserError
 
+AT_ONCE = 64  # pictures in a pass through a VAE
+
 
 class GridEncoder(nn.Module):
     """Trained along: pictures (B, 3, H, W) in [-1, 1] -> a token for every 8x8 pixels, (B, N, D)."""
@@ -98,14 +100,16 @@ class Latents:
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """n pictures a sample (B, n*3, H, W) in [-1, 1] -> (B, n*channels, H/factor, W/factor)."""
-        latents = self.vae.to(images.device).encode(images.unflatten(1, (-1, 3)).flatten(0, 1)).latent_dist.mode()
+        vae, pictures = self.vae.to(images.device), images.unflatten(1, (-1, 3)).flatten(0, 1)
+        latents = torch.cat([vae.encode(part).latent_dist.mode() for part in pictures.split(AT_ONCE)])
         return ((latents - self.shift) * self.scale).unflatten(0, (len(images), -1)).flatten(1, 2)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """The way back."""
         each = latents.unflatten(1, (-1, self.channels)).flatten(0, 1) / self.scale + self.shift
-        return self.vae.decode(each).sample.unflatten(0, (len(latents), -1)).flatten(1, 2)
+        pictures = torch.cat([self.vae.decode(part).sample for part in each.split(AT_ONCE)])
+        return pictures.unflatten(0, (len(latents), -1)).flatten(1, 2)
 
 
 class ImageTextModel:
@@ -134,7 +138,7 @@ class ImageTextModel:
         files = [[Image.fromarray(x.permute(1, 2, 0).cpu().numpy()) for x in row] for row in pictures]
         text = [self.prompt(question, pictures.shape[1]) for question in questions]
         inputs = self.processor(images=files, text=text, padding=True, return_tensors="pt").to(device, dtype)
-        hidden = self.model(**inputs, use_cache=False, output_hidden_states=True).hidden_states[-1]  # (N, tokens, width)
+        hidden = self.model.base_model(**inputs, use_cache=False).last_hidden_state  # (N, tokens, width), without logits
         mask = inputs["attention_mask"]  # padding may be on either side
         last = (mask * torch.arange(mask.shape[1], device=device)).argmax(dim=1)
         return hidden[torch.arange(len(last), device=device), last].float()

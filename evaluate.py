@@ -41,11 +41,13 @@ from openvla import load_policy
 from playing import play
 from ppo import rollout
 from reflector import Reflector, StopRule
-from runs import Run, UserError, check_settings, clear_errors, read_json, step_generator, write_json
+from runs import Run, UserError, check_settings, clear_errors, read_json, set_autocast, step_generator, write_json
 from starts import LiberoContext, start_pools, true_starts
 from virtual_env import VirtualEnv, VirtualEnvConfig
 from world_model import WorldModel, world_model_loss
 
+REMEDY = "choose another --output_dir, or delete that folder"
+AT_ONCE = 64  # episodes that are imagined together: each has noise of its own, however many there are
 TEST_SEED = 50_000_000  # placements of the episodes that measure a virtual environment: nothing else uses them
 
 
@@ -101,7 +103,7 @@ def evaluate_policies(policies, reflector, suite, task_ids, episodes, folder, im
             settings = {"task": suite, "stop": stop, "sample": sample, "seed": seed if sample else None,
                         "max_steps": max_steps, "rule": rule and asdict(rule), "weights": fingerprint(policy),
                         "reflector": reflector and fingerprint(reflector), "versions": versions()}
-            check_settings(Path(folder) / name, settings, keep=True)
+            check_settings(Path(folder) / name, settings, keep=True, remedy=REMEDY)
             env = env or LiberoVectorEnv(suite, num_procs, image_size, chunk_size, max_steps, stop, reflector=reflector,
                                          rule=rule, device=device)
             lines[name] = play(policy, env, contexts, Path(folder) / name, "evaluate", seed,
@@ -126,20 +128,21 @@ def versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in ("mujoco", "robosuite", *benchmark)}
 
 
-def protocol(arguments, suite, task_ids, sizes, rule) -> dict:
-    """What the report says of how the episodes were played."""
+def protocol(suite, task_ids, sizes, rule, episodes, max_steps=0, stop="both", sample=False, seed=0) -> dict:
+    """What the report says of how the episodes were played, and the tasks' sentences."""
     ends = {"oracle": "at the first chunk in which the goal was reached", "self": "when the reflector stops",
             "both": "when the goal was reached and the reflector has stopped"}
-    return {"suite": suite, "tasks": len(task_ids), "episodes a task": arguments.episodes,
-            "initial states": f"the benchmark's first {arguments.episodes}, in order", "settling steps": SETTLE_STEPS,
-            "step limit": step_limit(suite, arguments.max_steps),
+    told = {"suite": suite, "tasks": len(task_ids), "episodes a task": episodes,
+            "initial states": f"the benchmark's first {episodes}, in order", "settling steps": SETTLE_STEPS,
+            "step limit": step_limit(suite, max_steps),
             "actions": f"chunks of {sizes.chunk_size} control steps, whole, open loop, "
-            + (f"sampled (seed {arguments.seed})" if arguments.sample else "greedy"),
+            + (f"sampled (seed {seed})" if sample else "greedy"),
             "pictures": f"{sizes.image_size} pixels, drawn with {max(RENDER_SIZE, sizes.image_size)}; standard meshes",
-            "an episode ends": f"{ends[arguments.stop]}, or at the step limit",
-            "the reflector": "is not asked" if arguments.stop == "oracle" else
+            "an episode ends": f"{ends[stop]}, or at the step limit",
+            "the reflector": "is not asked" if stop == "oracle" else
             f"stops at {rule.confirm} frames in a row above {rule.eta}",
             "versions": ", ".join(f"{name} {version}" for name, version in versions().items())}
+    return {"protocol": told, "instructions": {str(task): load_suite(suite).get_task(task).language for task in task_ids}}
 
 
 def eval_info(rows, suite, stop, videos) -> dict:
@@ -166,17 +169,17 @@ def eval_info(rows, suite, stop, videos) -> dict:
 def imagine_policy(policy, world, reflector, starts, horizon, virtual) -> tuple[np.ndarray, list[np.ndarray]]:
     """The greedy policy in imagination from each `StartContext`: (B,) bool, does the reflector stop it within `horizon`
     chunks? And where the robot went until then, B arrays (T+1, 8)."""
-    mine, stopped, states = shard(range(len(starts))), np.zeros(0, bool), []
-    if mine:
-        env = VirtualEnv(world, reflector, replace(virtual, horizon=horizon, shared_noise=False), len(mine),
-                         first=mine[0], total=len(starts))
-        played = rollout(policy, env, [starts[i] for i in mine], greedy=True)
-        stopped = played.terminated.cpu().numpy()
-        states = [path[:1 + count].cpu().numpy() for path, count in zip(played.states, played.valid.sum(1).tolist())]
-    return np.concatenate(gather(stopped)), sum(gather(states), [])
+    mine, stopped, states = shard(range(len(starts))), [np.zeros(0, bool)], []
+    for part in (mine[i:i + AT_ONCE] for i in range(0, len(mine), AT_ONCE)):
+        env = VirtualEnv(world, reflector, replace(virtual, horizon=horizon, shared_noise=False), len(part),
+                         first=part[0], total=len(starts))
+        played = rollout(policy, env, [starts[i] for i in part], greedy=True)
+        stopped.append(played.terminated.cpu().numpy())
+        states += [path[:1 + count].cpu().numpy() for path, count in zip(played.states, played.valid.sum(1).tolist())]
+    return np.concatenate(sum(gather(stopped), [])), sum(gather(states), [])
 
 
-def film(world, reflector, episode, path, title, eta):
+def film(world, reflector, episode, path, title, success, eta):
     """A GIF and a PNG strip of a true episode above its imagination (world None: the true one alone)."""
     data = episode.chunks(episode.stride)
     frames = [np.moveaxis(data.images, 2, -1), None]  # (T+1, V, H, W, 3)
@@ -184,8 +187,8 @@ def film(world, reflector, episode, path, title, eta):
     if world is not None:
         (imagined,), (imagined_scores,) = imagine_episodes(world, reflector, [episode])
         frames[1], scores[1] = np.moveaxis(imagined.images, 2, -1), np.concatenate([scores[0][:1], imagined_scores])
-    report.film_strip(path.with_suffix(".gif"), *frames, *scores, title, bool(episode.success.any()), eta)
-    report.contact_sheet(path.with_suffix(".png"), *frames, *scores, title, bool(episode.success.any()), eta)
+    report.film_strip(path.with_suffix(".gif"), *frames, *scores, title, success, eta)
+    report.contact_sheet(path.with_suffix(".png"), *frames, *scores, title, success, eta)
 
 
 def film_some(rows, folder, to, count, world, reflector, eta) -> dict[int, list[str]]:
@@ -194,7 +197,7 @@ def film_some(rows, folder, to, count, world, reflector, eta) -> dict[int, list[
     for line in tqdm([line for line in rows if line["seed"] < count], desc="videos", unit="episode", disable=not count):
         to.mkdir(exist_ok=True)
         path, episode = to / f"task{line['task_id']:02d}_{line['seed']}", Episode.load(folder / line["file"])
-        film(world, reflector, episode, path, episode.instruction, eta)
+        film(world, reflector, episode, path, episode.instruction, line["oracle_stop"], eta)
         videos.setdefault(line["task_id"], []).append(str(path.with_suffix(".gif")))
     return videos
 
@@ -255,7 +258,7 @@ def measure_world(arguments, run, trained, suite, task_ids, policy, world, refle
     settings = {"task": suite, "temperatures": arguments.temperatures, "max_steps": arguments.max_steps,
                 "virtual": asdict(virtual), "hottest": trained["start"]["hottest"], "weights": fingerprint(policy),
                 "versions": versions()}
-    check_settings(folder, settings, keep=True)
+    check_settings(folder, settings, keep=True, remedy=REMEDY)
     limit = step_limit(suite, arguments.max_steps, sizes.chunk_size)
     env = LiberoVectorEnv(suite, num_procs, sizes.image_size, sizes.chunk_size, limit, linger=explored["linger"],
                           mesh_cell=explored["mesh_cell"], device=device)
@@ -321,6 +324,8 @@ def main(arguments: Arguments):
               if arguments.world and getattr(arguments, name) != getattr(Arguments, name)]
     if unused:
         raise UserError(f"--world measures with the cloned policy, by both worlds' verdicts: leave out --{unused[0]}")
+    if arguments.checkpoint and arguments.temperatures != Arguments.temperatures:
+        raise UserError("--temperatures are those of --world's test episodes: --checkpoint takes --sample, at temperature 1")
     if 0 < arguments.max_steps < trained[0]["policy"]["chunk_size"]:
         raise UserError("--max_steps must be 0 (the suite's limit) or at least a chunk")
     suite = arguments.task or trained[0]["task"]
@@ -336,7 +341,8 @@ def main(arguments: Arguments):
     for task in task_ids:
         if not 0 <= task < count:
             raise UserError(f"{suite} has no task {task}: --task_ids takes numbers from 0 to {count - 1}")
-    num_procs = arguments.num_procs or os.cpu_count() or 1
+    num_procs = arguments.num_procs or len(os.sched_getaffinity(0))
+    set_autocast(trained[0]["bf16"])
     if not (arguments.benchmark or arguments.world):
         return evaluate_runs(arguments, runs, trained, suite, task_ids, num_procs, device)
     if len(runs) > 1:
@@ -394,9 +400,8 @@ def evaluate_runs(arguments, runs, trained, suite, task_ids, num_procs, device):
     seconds = sum(line["seconds"] for rows in flat.values() for line in rows)
     results = {"task": suite, "preset": ", ".join(sorted({config["preset"] for config in trained})),
                "seed": ", ".join(str(config["seed"]) for config in trained),
-               "protocol": protocol(arguments, suite, task_ids, sizes, rule),
-               "instructions": {str(task): load_suite(suite).get_task(task).language for task in task_ids},
-               **summarize(flat, rule, arguments.stop, pairs)}
+               **protocol(suite, task_ids, sizes, rule, arguments.episodes, arguments.max_steps, arguments.stop,
+                          arguments.sample, arguments.seed), **summarize(flat, rule, arguments.stop, pairs)}
     if len(runs) > 1:
         results["over_seeds"] = over_seeds(lines, arguments.stop)
     results |= {"stages": {"evaluate": seconds}, "eval_s": seconds, "eval_ep_s": seconds / sum(map(len, flat.values()))}

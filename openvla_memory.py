@@ -73,10 +73,11 @@ def activations(policy, batch) -> int:
     return sum(storage.nbytes() for key, storage in kept.items() if key not in weights)
 
 
-def check_training(policy, batch, rank, device, flag):
+def check_training(policy, batch, rank, device, flag, held=False):
     """UserError where training with `batch` samples in a forward pass (`flag` sets it) does not fit `device`.
 
-    Of an image-text model of any build, activations are not counted: it is refused where nothing could help.
+    held: beside a copy of what is trained (`ppo.reference_of`). Of an image-text model of any build, activations are not
+    counted: it is refused where nothing could help.
     """
     rank, needed, remedy = policy.config.lora_rank or rank, trained_size(policy), "take a smaller model or a larger card"
     if isinstance(policy, OpenVLAPolicy):
@@ -85,6 +86,7 @@ def check_training(policy, batch, rank, device, flag):
         needed = memory(policy.sizes, batch, rank or 1, policy.config.dtype)[use]
         remedy = (f"lower {flag}, {'' if checkpointed else 'add --policy.gradient_checkpointing, '}or take a larger card "
                   "(python openvla_memory.py)")
+    needed += sum(4 * p.numel() for p in policy.parameters() if p.requires_grad) if held else 0
     there = size_of(policy) if policy.device.type == device.type else 0
     check_memory(needed - there, device, f"to train with {batch} samples at once", remedy)
 

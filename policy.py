@@ -338,7 +338,7 @@ def anchor_loss(policy, generator, data, size, microbatch):
     generator: on the CPU. Yields a process's parts, `microbatch` control steps of all processes each.
     """
     batch, seed = data.batch(size, generator), int(torch.randint(2**62, (), generator=generator))
-    for rows, weight in parts(batch, -(-size // max(microbatch, world_size()))):
+    for rows, weight in parts(batch, min(-(-size // max(microbatch, world_size())), max(1, size // world_size()))):
         yield weight * clone_loss(policy, batch, torch.Generator(data.device).manual_seed(seed), rows)[0]
 
 

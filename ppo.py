@@ -36,6 +36,7 @@ Try it:  python -m pytest tests/test_ppo.py
 """
 import copy
 import math
+from collections import defaultdict
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -176,17 +177,16 @@ def together(parts) -> Rollout:
     """Several rollouts as one, as long as the longest."""
     T = max(part.valid.shape[1] for part in parts)
 
-    def join(name, fill=0.0):
-        pieces = []
-        for part in parts:
-            piece = getattr(part, name)                                     # (b, t, ...) or (b, t+1, ...)
-            missing = piece.new_full((len(piece), T - part.valid.shape[1], *piece.shape[2:]), fill)
-            pieces.append(torch.cat([piece, missing], dim=1))
+    def join(name):
+        pieces = [getattr(part, name) for part in parts]
+        if name == "instruction":
+            return sum(pieces, [])
+        if name not in ("reward", "terminated"):                            # (b, t, ...) or (b, t+1, ...)
+            fill = math.nan if name == "score" else 0
+            pieces = [torch.cat([x, x.new_full((len(x), T - part.valid.shape[1], *x.shape[2:]), fill)], dim=1)
+                      for x, part in zip(pieces, parts)]
         return torch.cat(pieces)
-    laid = [field.name for field in fields(Rollout) if field.name not in ("instruction", "reward", "terminated", "score")]
-    return Rollout(instruction=sum((part.instruction for part in parts), []), score=join("score", math.nan),
-                   **{name: torch.cat([getattr(part, name) for part in parts]) for name in ("reward", "terminated")},
-                   **{name: join(name) for name in laid})
+    return Rollout(*(join(field.name) for field in fields(Rollout)))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -201,14 +201,10 @@ def rloo_advantage(reward):
     return (reward - reward.mean(1, keepdim=True)) * K / (K - 1)
 
 
-def ppo_loss(log_prob, old_log_prob, advantage, valid, clip_coef):
-    """The clipped surrogate, averaged over the control steps of valid chunks.
-
-    log_prob, old_log_prob (B, T, L); advantage (B,), the same for every step of a rollout; valid (B, T).
-    """
-    log_ratio = (log_prob.float() - old_log_prob.float())[valid]                # (N, L)
-    advantage = advantage.float()[:, None].expand(valid.shape)[valid][:, None]  # (N, 1)
-    ratio = log_ratio.exp()
+def ppo_loss(log_prob, old_log_prob, advantage, clip_coef):
+    """The clipped surrogate, averaged over control steps: log-probabilities (n, L) of n chunks, advantage (n,)."""
+    log_ratio, advantage = log_prob.float() - old_log_prob.float(), advantage.float()[:, None]
+    ratio = log_ratio.exp()                                                     # (n, L)
     clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     loss = -torch.minimum(ratio * advantage, clipped * advantage).mean()
     return loss, {
@@ -343,7 +339,8 @@ def update(policy, optimizer, played, advantage, config, generator, anchor=None,
         for index in (ours(index) for step in epochs[0] for index in step):
             if len(index):
                 old_log_prob[index] = score(index)[0]
-    metrics = {"log_prob_gap": float((old_log_prob - played.log_prob[row, time]).abs().mean()) * (len(row) / count)}
+    gap = float((old_log_prob - played.log_prob[row, time]).abs().mean()) * (len(row) / count)
+    metrics = defaultdict(float, log_prob_gap=gap)
     ratio_first = None
     for number, step in enumerate(step for epoch in epochs for step in epoch):
         policy.zero_grad(set_to_none=True)
@@ -351,27 +348,25 @@ def update(policy, optimizer, played, advantage, config, generator, anchor=None,
             if not len(index):
                 continue
             log_prob, entropy = score(index)
-            everything = torch.ones(len(index), 1, dtype=torch.bool, device=log_prob.device)
-            loss, parts = ppo_loss(log_prob[:, None], old_log_prob[index][:, None], advantage[row[index]],
-                                   everything, config.clip_coef)
+            loss, parts = ppo_loss(log_prob, old_log_prob[index], advantage[row[index]], config.clip_coef)
             (loss * len(index) / sum(map(len, step))).backward()
             if number == 0 and ratio_first is None:
                 ratio_first = float(parts["ratio"])
             for name, value in {**parts, "entropy": entropy.detach().mean()}.items():
                 share = len(index) / (count * config.epochs)
-                metrics[name] = metrics.get(name, 0.0) + float(value) * share
+                metrics[name] += float(value) * share
         for name, parts in {"anchor": anchor(policy, generator) if anchor and config.anchor else (),
                             "hold": hold_loss(policy, reference, played, config, generator)
                             if reference and config.hold else ()}.items():
             for part in parts:
                 (getattr(config, name) * part).backward()
                 share = 1 / (len(epochs[0]) * config.epochs)
-                metrics[f"{name}_loss"] = metrics.get(f"{name}_loss", 0.0) + share * float(part.detach())
+                metrics[f"{name}_loss"] += share * float(part.detach())
         clip_and_step(optimizer, config)
     everyone = gather(metrics)
     ratio_first = next(value for value in gather(ratio_first) if value is not None)  # of one that shared the first step
     names = dict.fromkeys(name for part in everyone for name in part)  # not every process had chunks to hold
-    return {name: sum(part.get(name, 0.0) for part in everyone) for name in names} | {"ratio_first": ratio_first}
+    return {name: sum(part[name] for part in everyone) for name in names} | {"ratio_first": ratio_first}
 
 
 def clip_and_step(optimizer, config):

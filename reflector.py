@@ -261,7 +261,10 @@ def reflector_loss(model: Reflector, batch: dict, generator: torch.Generator, ro
 
 
 def calibrate(model: Reflector, logits: Tensor, labels: Tensor) -> None:
-    """Platt scaling on held-out frames: the slope and the shift (N,) logits need to give the labels' frequencies."""
+    """Platt scaling on held-out frames: the slope and the shift (N,) logits need to give the labels' frequencies. Where
+    all labels are alike nothing is known of either, and they stay as they are."""
+    if labels.min() == labels.max():
+        return
     platt = torch.tensor([1.0, 0.0], requires_grad=True)
     optimizer = torch.optim.LBFGS([platt], max_iter=50, line_search_fn="strong_wolfe")
 

@@ -3,8 +3,7 @@
 A stage's product is written to `<stage>.tmp/` and renamed to `<stage>/` when it is complete, so a killed run goes on
 where it was with the same command. Weights and optimiser state are safetensors, everything else is JSON: nothing is
 ever unpickled. Of several processes, rank 0 alone writes. All randomness of a training step comes from one generator
-seeded by (seed, step), dropout's too, so a checkpoint needs no random state and a resumed run equals a straight one bit
-for bit.
+seeded by (seed, step), dropout's too, so a checkpoint needs no random state and a resumed run equals a straight one.
 """
 from __future__ import annotations
 
@@ -48,12 +47,11 @@ def clear_errors():
         sys.exit(_say("stopped; the same command goes on from the last checkpoint", code=130))
     except torch.OutOfMemoryError as error:
         sys.exit(_say(f"{str(error).split('. ')[0]}: raise --clone.accumulate (or another stage's) or lower "
-                      "--ppo.microbatch, then run the same command"))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+                      "--ppo.microbatch and --ppo.groups, then run the same command"))
+    except (OSError, SafetensorError) as error:  # safetensors tells no number: of what it writes, the disk is full
+        if getattr(error, "errno", errno.ENOSPC) not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
-        where = f" ({error.filename})" if error.filename else ""
-        sys.exit(_say(f"{error.strerror}{where}: free space or choose another --output_dir, then run the same command"))
+        sys.exit(_say(f"{error}: free space or choose another --output_dir, then run the same command"))
     except RuntimeError:
         if distributed.first_to_fail():
             raise
@@ -195,10 +193,12 @@ class Run:
     def stage(self, name, settings, later=()):
         """Yield the stage's unfinished folder; rename it to its final name when the body ends without an error.
 
-        later: stages that must not have been begun, since that was with what this one made before.
+        later: stages that must not have been begun, since that was with what this one made before; finished ones are named.
         """
         for begun in filter(Path.is_dir, (self.folder / f"{stage}.tmp" for stage in later)):
             raise UserError(f"{begun} was begun with another {name} than this command makes: delete it")
+        for stale in filter(Path.is_dir, (self.folder / stage for stage in later)):
+            print(f"{stale} was made with another {name} than this command makes: delete it to have it made anew")
         unfinished, start = self.folder / f"{name}.tmp", time.time()
         before = self.seconds().get(name, 0.0) if unfinished.is_dir() else 0.0
         self._stage = unfinished
@@ -272,7 +272,7 @@ def flags(values, prefix="") -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
-AUTOCAST = {"cuda"}  # device types on which the world simulator's U-Net runs in bfloat16: set by --bf16
+AUTOCAST = ["cuda"]  # device types on which the world simulator's U-Net runs in bfloat16
 
 
 def step_generator(seed, step, device="cpu") -> torch.Generator:
@@ -310,6 +310,11 @@ def load_resume(folder, model, optimizer) -> int:
 def autocast(device):
     """Bfloat16 where `AUTOCAST` says so. For networks alone: camera geometry in it would be off by a pixel."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type in AUTOCAST)
+
+
+def set_autocast(bf16):
+    """From now on as a run's `--bf16` says: auto, on or off."""
+    AUTOCAST[:] = {"auto": ["cuda"], "on": ["cuda", "cpu"], "off": []}[bf16]
 
 
 def parts(batch, accumulate) -> list[tuple[slice, float]]:

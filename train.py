@@ -25,12 +25,11 @@ from tqdm import tqdm
 
 import distributed
 import report
-import runs
 from config import STAGES, TrainConfig, parse, stage_settings
 from demonstrations import collect_demonstrations, read_demonstrations, suite_cameras
 from distributed import barrier, gather, rank, shard, world_size
 from episodes import ChunkData, CloneData, Episode, Normalizer, StartContext, joined, load_episodes
-from evaluate import evaluate_policies, film_some, imagine_policy, load_model, load_policies, pick_device
+from evaluate import evaluate_policies, film_some, imagine_policy, load_model, load_policies, pick_device, protocol
 from fidelity import (check_trust, frame_logits, frame_scores, hand_apart, horizon_errors, imagine_episodes, imagined_copies,
                       outcome_agreement, reflector_quality)
 from geometry import Cameras
@@ -43,7 +42,7 @@ from policy import Policy, anchor_loss, clone_loss
 from ppo import add_lora, improve, make_optimizer, merge_lora, reference_of, rollout
 from reflector import Reflector, calibrate, reflector_loss
 from runs import (Run, UserError, check_settings, clear_errors, find_model, fit, in_processes, load_resume, load_weights,
-                  read_json, read_lines, read_log, save_resume, step_generator, write_json)
+                  read_json, read_lines, read_log, save_resume, set_autocast, step_generator, write_json)
 from starts import LiberoContext, short_tries, start_frames, true_starts
 from virtual_env import VirtualEnv
 from world_model import WorldModel, grasp_loss, world_model_loss
@@ -58,11 +57,11 @@ def train(config: TrainConfig):
     """Run the chosen stages in the method's order and print the report."""
     suite = load_suite(config.task)
     config = replace(config, task_ids=tuple(config.task_ids) or tuple(range(suite.n_tasks)),
-                     num_procs=max(1, (config.num_procs or os.cpu_count() or 1) // world_size()))
+                     num_procs=max(1, (config.num_procs or len(os.sched_getaffinity(0))) // world_size()))
     wrong = [task for task in config.task_ids if not 0 <= task < suite.n_tasks]
     if wrong:
         raise UserError(f"{config.task} has no task {wrong[0]}: --task_ids takes numbers from 0 to {suite.n_tasks - 1}")
-    if config.policy.backbone and config.rl_env != "none" and not (config.ppo.lora_rank or config.policy.lora_rank):
+    if config.policy.backbone and not (config.ppo.lora_rank or config.policy.lora_rank):
         raise UserError("billions of parameters are post-trained by LoRA: add --ppo.lora_rank 32 to --policy.backbone")
     if config.init_world:
         find_model(config.init_world, "--init_world ")
@@ -70,7 +69,7 @@ def train(config: TrainConfig):
     settings = {name: stage_settings(config, name) for name in STAGES}
     done = {name: run.done(name, settings[name]) for name in STAGES}
     write_json(run.folder / "config.json", asdict(config))  # not before all settings are found to be the run's
-    runs.AUTOCAST = {"auto": {"cuda"}, "on": {"cuda", "cpu"}, "off": set()}[config.bf16]
+    set_autocast(config.bf16)
     print(f"{config.task}, {len(config.task_ids)} tasks, preset {config.preset}, seed {config.seed}, on {device} with "
           f"{world_size()} x {config.num_procs} simulator processes -> {run.folder}")
     needless = ("simulate", "reflect") if config.rl_env == "none" and "evaluate" not in config.stages else ()
@@ -93,10 +92,10 @@ def demonstrate(config, run, folder, device):
     """Five demonstrations a task, from the scripted expert or from the user's files, and where the cameras are."""
     if config.refresh:
         return keep("demonstrate", config, folder)
-    names = {task: load_suite(config.task).get_task(task).name for task in config.task_ids}
+    tasks = {task: load_suite(config.task).get_task(task) for task in config.task_ids}
     source = Path(config.demos) if config.demos else folder
     if not config.demos:
-        missing = [task for task in shard(config.task_ids) if not (folder / f"{names[task]}_demo.hdf5").exists()]
+        missing = [task for task in shard(config.task_ids) if not (folder / f"{tasks[task].name}_demo.hdf5").exists()]
         arguments = [(config.task, task, config.num_demos, config.seed, folder, config.explore.mesh_cell,
                       config.policy.image_size) for task in missing]
         in_processes(collect_demonstrations, arguments, config.num_procs, "demonstrate", "task")
@@ -105,9 +104,9 @@ def demonstrate(config, run, folder, device):
     barrier()
     if rank():
         return  # the rest is quick
-    episodes = []
-    for task, name in names.items():
-        episodes += read_demonstrations(source / f"{name}_demo.hdf5", task, config.num_demos, config.policy.image_size)
+    episodes = [replace(episode, instruction=task.language)  # official files say it in other words than the benchmark asks
+                for number, task in tasks.items() for episode in read_demonstrations(
+                    source / f"{task.name}_demo.hdf5", number, config.num_demos, config.policy.image_size)]
     (folder / "episodes").mkdir(exist_ok=True)
     for number, episode in enumerate(episodes):
         episode.save(folder / "episodes" / f"{number:04d}.npz")
@@ -129,7 +128,8 @@ def clone(config, run, folder, device):
     torch.manual_seed(config.seed)
     if config.policy.backbone:
         policy = pretrained_policy(config.policy, config.task, normalizer)
-        check_training(policy, config.clone.batch_size, config.policy.lora_rank, device, "--clone.batch_size")
+        at_once = -(-config.clone.batch_size // (config.clone.accumulate * world_size()))
+        check_training(policy, at_once, config.policy.lora_rank, device, "--clone.batch_size or raise --clone.accumulate")
     else:
         policy = Policy(config.policy, normalizer)
     fit_clone("clone", compiled(policy.to(device), config), demonstrations(run), config, run, folder, device)
@@ -170,10 +170,8 @@ def fit_clone(name, policy, episodes, config, run, folder, device):
 
 
 def explore(config, run, folder, device):
-    """The cloned policy acts in the true simulator with a ~ Laplace(loc, b * temperature); everything is kept.
-
-    Then more grasps and releases, which decide an episode, without the rest of it; RL's noise makes near misses of them.
-    """
+    """The cloned policy acts in the true simulator with a ~ Laplace(loc, b * temperature); then, with RL's noise, for near
+    misses, more grasps and releases without the rest of an episode. Everything is kept."""
     policy, first, heat = first_policy(config, run, device), 100_000 * (config.seed + 1), config.explore.temperatures
     if config.refresh:  # its episodes are kept; the new ones open another thousand
         if not gather((folder / "episodes.jsonl").exists())[0]:  # rank 0 decides: it copies
@@ -212,11 +210,9 @@ def explored(config, run):
 # 4 simulate, 5 reflect
 # ---------------------------------------------------------------------------------------------------------------------
 def simulate(config, run, folder, device):
-    """The world simulator, trained on demonstrations + exploration; its error on held-out episodes.
-
-    Then it imagines all of that itself (same actions, same states). From its own pictures it learns to find back to the
-    true ones, and from new copies what the fingers close on, as reflect does: in imagination nothing else will be seen.
-    """
+    """The world simulator, trained on demonstrations + exploration. Then it imagines all of that itself (same actions, same
+    states): from its own pictures it learns to find back to the true ones, and from new copies what the fingers close on, as
+    reflect does, for in imagination nothing else will be seen. Its error on held-out episodes is kept."""
     normalizer = Normalizer.from_dict(read_json(run.path("demonstrate") / "normalizer.json"))
     cameras = Cameras.from_dict(read_json(run.path("demonstrate") / "cameras.json"))
     training, held_out = explored(config, run)
@@ -291,19 +287,23 @@ def imagine(config, run, folder, device):
     """RLOO + PPO (Algorithm 1) in the virtual environment, by flag after filtered cloning; two baselines by `rl_env`."""
     if config.rl_env == "virtual" and not config.trust_world:
         check_trust(read_json(run.path("simulate") / "held_out.json"), read_json(run.path("reflect") / "held_out.json"))
-    if config.ppo.groups < world_size():
-        raise UserError(f"{world_size()} processes cannot share {config.ppo.groups} groups: raise --ppo.groups")
+    if min(config.ppo.groups, config.ppo.anchor_batch) < world_size():
+        raise UserError(f"{world_size()} processes cannot share {config.ppo.groups} groups, or {config.ppo.anchor_batch} "
+                        "steps of demonstrations: raise --ppo.groups and --ppo.anchor_batch")
     policy = first_policy(config, run, device)
-    torch.manual_seed(config.seed)
+    if config.policy.backbone and config.ppo.lora_rank:  # what filtered cloning trains, too
+        torch.manual_seed(config.seed)
+        add_lora(policy, config.ppo.lora_rank)
     if config.filtered_cloning or config.rl_env == "none":
         successes = [episode for episode in explored(config, run)[0] if episode.achieved]
         fit_clone("filtered", policy, demonstrations(run) + successes, config, run, folder / "filtered", device)
     if config.rl_env == "none":
         return policy.save_pretrained(folder)
+    torch.manual_seed(config.seed)
     if config.ppo.lora_rank:
         add_lora(policy, config.ppo.lora_rank)
     if config.policy.backbone:
-        check_training(policy, config.ppo.microbatch, config.ppo.lora_rank, device, "--ppo.microbatch")
+        check_training(policy, config.ppo.microbatch, config.ppo.lora_rank, device, "--ppo.microbatch", held=True)
     optimizer = make_optimizer(policy, config.ppo)
     reference = reference_of(policy)
     first = load_resume(folder, policy, optimizer)
@@ -341,8 +341,7 @@ def imagine(config, run, folder, device):
 
 
 def check(config, run, policy, folder, device) -> dict:
-    """Success of the greedy policy in the true simulator, and in imagination from the same first frames; and how far apart
-    its hand is in the two."""
+    """Success of the greedy policy in both worlds, from the same first frames, and how far apart its hand is in the two."""
     contexts = [LiberoContext(task, CHECK_SEED + n) for task in config.task_ids for n in range(config.check.episodes)]
     with closing(true_env(config, device)) as env:
         lines = play(policy, env, contexts, folder, "check", config.seed)
@@ -397,7 +396,8 @@ def evaluate(config, run, folder, device):
     lines = evaluate_policies(policies, reflector, config.task, config.task_ids, config.evaluate.episodes, folder,
                               sizes.image_size, sizes.chunk_size, config.num_procs, config.evaluate.stop, device,
                               config.max_steps)
-    results = summarize(lines, config.evaluate.stop) | {"imagined": {}}
+    results = summarize(lines, config.evaluate.stop) | {"imagined": {}} | protocol(
+        config.task, config.task_ids, sizes, config.evaluate.stop, config.evaluate.episodes, config.max_steps)
     if config.evaluate.imagine:
         starts = ChunkData(load_episodes(folder / "cloned"), sizes.chunk_size, device).first_starts()
         for name, policy in tqdm(policies.items(), desc="evaluate in imagination", unit="policy"):

@@ -1,5 +1,6 @@
 """The scripted expert solves its task, and LIBERO's files are read as they are meant."""
 import json
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -98,6 +99,14 @@ def test_broken_file_is_one_clear_line(tmp_path, change):
     with pytest.raises(UserError, match="a.hdf5") as error:
         demonstrations.read_demonstrations(tmp_path / "a.hdf5", task_id=0, limit=2)
     assert "\n" not in str(error.value)
+
+
+def test_a_goal_that_the_expert_has_no_skill_for_is_one_clear_line(tmp_path, monkeypatch):
+    world = SimpleNamespace(parsed_problem={"goal_state": [["turnoff", "flat_stove_1"]]})
+    task = SimpleNamespace(env=SimpleNamespace(env=world), instruction="turn off the stove")
+    monkeypatch.setattr(demonstrations, "LiberoTask", lambda *_: task)
+    with pytest.raises(UserError, match="'turnoff'.*leave 39 out of --task_ids"):
+        demonstrations.collect_demonstrations("libero_90", 39, 1, 0, tmp_path)
 
 
 def test_missing_and_truncated_files_are_one_clear_line(tmp_path):

@@ -89,7 +89,8 @@ def train_all(folder, accumulate=1, device=CPU):
 
     log["episodes"] = [name for name, _ in played(folder / "explore", Env(2), CONTEXTS[:7])]
     starts = data.starts(data.index[:5])
-    stopped, states = imagine_policy(start, dream, Bright(), starts, 3, VirtualEnvConfig(stop=StopRule(0.7, 1)))
+    with mock.patch("evaluate.AT_ONCE", 2 if accumulate > 1 else 64):
+        stopped, states = imagine_policy(start, dream, Bright(), starts, 3, VirtualEnvConfig(stop=StopRule(0.7, 1)))
     log["stopped"], log["lasted"] = stopped.tolist(), list(map(len, states))
     log["apart"] = max(float((other - weights[name]).abs().max()) for name in weights
                        for other in distributed.gather(weights[name]))
@@ -142,7 +143,8 @@ def test_uneven_episodes_are_shared_out_without_loss_and_played_alike(results):
 
 
 def test_accumulated_parts_learn_what_the_whole_batch_does(results, tmp_path):
-    weights, _ = train_all(tmp_path, accumulate=3)
+    weights, log = train_all(tmp_path, accumulate=3)
+    assert log["stopped"] == results[1][1]["stopped"] and log["lasted"] == results[1][1]["lasted"], "imagined two at a time"
     for name in ("clone", "simulate", "grasp", "reflect"):
         assert (weights[name] - results[1][0][name]).abs().max() < 1e-5, name
 

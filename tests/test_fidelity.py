@@ -6,6 +6,7 @@ import pytest
 import torch
 from scipy.ndimage import uniform_filter
 
+import evaluate
 from episodes import ChunkData, Episode
 from fidelity import (GripperProbe, agreement, check_trust, gripper_pixels, hand_apart, horizon_errors, imagine_episodes,
                       open_loop, outcome_agreement, reflector_quality, ssim, stability, violations)
@@ -181,3 +182,13 @@ def test_hands_are_compared_chunk_by_chunk_while_both_last():
     imagined[0][:, 6] = 1.0  # fingers are no places
     apart = hand_apart(true, imagined, chunks=(1, 3, 5, 20))
     assert apart == pytest.approx({"hand_apart_mm_1": 2.0, "hand_apart_mm_3": 6.0, "hand_apart_mm_5": 5.0})
+
+
+def test_a_film_says_of_an_episode_what_the_table_says(tmp_path, monkeypatch):
+    failed = next(episode for episode in EPISODES if not episode.success.any())  # at chunk boundaries; between two it held
+    failed.save(tmp_path / "a.npz")
+    films = []
+    monkeypatch.setattr(evaluate, "film", lambda *arguments: films.append(arguments))
+    line = {"task_id": 0, "seed": 0, "file": "a.npz", "oracle_stop": True}
+    evaluate.film_some([line], tmp_path, tmp_path / "videos", 1, None, None, 0.5)
+    assert films[0][5] is True

@@ -185,6 +185,9 @@ def test_calibration_finds_the_slope_and_shift_that_the_labels_have():
     torch.testing.assert_close(score, torch.sigmoid(model.platt[0] * logits + model.platt[1]))
     calibrate(model, torch.tensor([-3.0, 3.0]), torch.tensor([0.0, 1.0]))
     assert model.platt[0] < 30, "labels that are told apart perfectly must not make it blindly sure"
+    before = model.platt.clone()
+    calibrate(model, torch.tensor([-3.0, 3.0]), torch.zeros(2))
+    assert torch.equal(model.platt, before), "failures alone must not make every score 0, which is RL's reward"
 
 
 @pytest.mark.parametrize("kind", ["llava", "idefics3"])

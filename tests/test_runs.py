@@ -124,6 +124,13 @@ def test_a_stage_is_not_made_anew_below_one_that_was_begun(tmp_path):
     assert not run.path("clone").exists()
 
 
+def test_a_finished_stage_that_is_out_of_date_is_named(tmp_path, capsys):
+    run = Run(tmp_path)
+    for name, later in (("evaluate", ()), ("imagine", ("evaluate",))):
+        with run.stage(name, {}, later):
+            assert ("evaluate was made with another imagine" in capsys.readouterr().out) == bool(later)
+
+
 def test_the_seconds_are_those_of_the_stage_that_is_there(tmp_path, monkeypatch):
     run, clock = Run(tmp_path), [0.0]
     monkeypatch.setattr("runs.time.time", lambda: clock[0])
@@ -174,10 +181,10 @@ def test_weights_come_back_bit_equal_and_bad_files_are_one_clear_line(tmp_path):
 
 
 def test_a_full_disk_is_one_clear_line():
-    code = ("import errno; from runs import clear_errors\n"
-            "with clear_errors(): raise OSError(errno.ENOSPC, 'No space left on device', 'runs/x')")
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert process.returncode == 2 and process.stderr.count("\n") == 1 and "free space" in process.stderr
+    for error in ("OSError(errno.ENOSPC, 'No space left on device', 'runs/x')", "SafetensorError('I/O error: no space')"):
+        code = f"import errno; from runs import SafetensorError, clear_errors\nwith clear_errors(): raise {error}"
+        process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert process.returncode == 2 and process.stderr.count("\n") == 1 and "free space" in process.stderr, error
 
 
 def test_the_log_is_json_lines(tmp_path):

@@ -79,7 +79,8 @@ def test_the_run_leaves_a_report_results_and_pictures(finished):
     assert 0 < steps["imagine"]["imagined"] <= 2 * 8 * 24
     explored = [np.load(path)["actions"] for path in (folder / "explore").glob("*.npz")]
     assert steps["explore"]["true"] >= sum(map(len, explored)) > 0 and steps["demonstrate"]["true"] > 100
-    assert (folder / "report.md").read_text().strip() in process.stdout
+    report = (folder / "report.md").read_text()
+    assert report.strip() in process.stdout and "settling steps | 10" in report and "pick up the cream cheese" in report
     for task in (0, 1):
         assert (folder / "evaluate" / "videos" / f"task{task:02d}_0.gif").stat().st_size > 10_000
     assert (folder / "curves.png").stat().st_size > 10_000
@@ -108,6 +109,16 @@ def test_the_same_command_again_skips_everything_and_prints_the_same_report(fini
     process = run("train.py", *TINY, "--output_dir", finished[0])
     assert process.returncode == 0 and before.strip() in process.stdout
     assert (finished[0] / "clone" / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_the_policy_hears_the_benchmarks_words_whatever_a_demonstration_file_says(finished, tmp_path):
+    for path in (finished[0] / "demonstrate").glob("*_demo.hdf5"):
+        with h5py.File(shutil.copy(path, tmp_path), "r+") as file:
+            file["data"].attrs["problem_info"] = json.dumps({"language_instruction": "pick the akita black bowl"})
+    call("train.py", *TINY, "--demos", tmp_path, "--stages", "demonstrate", "--output_dir", tmp_path / "run")
+    heard, ours = ({str(np.load(path)["instruction"]) for path in (folder / "demonstrate" / "episodes").glob("*.npz")}
+                   for folder in (tmp_path / "run", finished[0]))
+    assert heard == ours and len(ours) == 2
 
 
 def test_rl_stopped_after_two_iterations_and_resumed_equals_a_straight_run_of_four(
@@ -267,7 +278,8 @@ def test_evaluate_is_a_command_of_its_own_that_goes_on_where_it_was(finished):
     first = run(*command, 1)
     assert first.returncode == 0, first.stderr
     folder = finished[0] / "eval_libero_object"
-    for wrong, words in (([finished[0] / "imagine"], "not that of one of its stages"), ([finished[0], "--task_ids", 0, 0], "twice")):
+    for wrong, words in (([finished[0] / "imagine"], "not that of one of its stages"), ([finished[0], "--task_ids", 0, 0], "twice"),
+                         ([finished[0], "--temperatures", 4.0], "takes --sample")):
         with pytest.raises(UserError, match=words):
             call("evaluate.py", "--checkpoint", *wrong)
     lines = (folder / "post_trained" / "episodes.jsonl").read_text()
