@@ -133,7 +133,11 @@ class ImageTextModel:
         self.width = self.model.config.get_text_config().hidden_size
 
     def hidden(self, pictures: Tensor, questions: list[str]) -> Tensor:
-        """Pictures uint8 (N, P, 3, H, W), N questions -> (N, width)."""
+        """Pictures uint8 (N, P, 3, H, W), N questions -> (N, width); eight at a time where no gradient is wanted."""
+        size = len(questions) if torch.is_grad_enabled() else 8
+        return torch.cat([self._read(pictures[i:i + size], questions[i:i + size]) for i in range(0, len(questions), size)])
+
+    def _read(self, pictures: Tensor, questions: list[str]) -> Tensor:
         device, dtype = self.model.device, self.model.dtype
         files = [[Image.fromarray(x.permute(1, 2, 0).cpu().numpy()) for x in row] for row in pictures]
         text = [self.prompt(question, pictures.shape[1]) for question in questions]

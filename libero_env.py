@@ -3,9 +3,9 @@
 `LiberoTask` is one simulated task in this process. `LiberoVectorEnv` runs one such task in each of B worker processes
 and steps them by action chunks: Gymnasium's vector API, with contexts in `reset` and a leading chunk axis in actions.
 
-What costs time here (measured, ../README.md has the table): a picture costs what its 310,000 triangles cost, whatever
-its size, so frames are drawn at chunk boundaries only, and `mesh_cell` merges vertices closer than a few millimetres for
-demonstrations and exploration. Evaluation draws the standard meshes.
+What costs time here (ABLATIONS.md, "Where a true episode's time goes"): a picture costs what its 310,000 triangles cost,
+whatever its size, so frames are drawn at chunk boundaries only, and `mesh_cell` merges vertices closer than a few
+millimetres for demonstrations and exploration. Evaluation draws the standard meshes.
 
 Shapes: B slots, V camera views, L action-chunk length, C, H, W image.
 """
