@@ -325,7 +325,7 @@ def test_two_checkpoints_are_compared_on_the_same_states(finished, tmp_path, cap
 
 
 def test_world_measures_the_imagination_on_episodes_of_its_own_and_goes_on_where_it_was(finished, gpu):
-    command = ["evaluate.py", "--world", finished[0], "--task_ids", 0, "--episodes", 2, "--max_steps", 96, "--device", "pretend"]
+    command = ["evaluate.py", "--world", finished[0], "--task_ids", 0, "--episodes", 2, "--max_steps", 48, "--device", "pretend"]
     call(*command)
     folder = finished[0] / "world_2"
     measured = json.loads((folder / "fidelity.json").read_text())
