@@ -1,5 +1,6 @@
 """The scripted expert solves its task, and LIBERO's files are read as they are meant."""
 import json
+from contextlib import closing
 from types import SimpleNamespace
 
 import h5py
@@ -158,45 +159,38 @@ def test_expert_does_one_task_of_each_kind(suite, task_id, kind, seed):
         task.close()
 
 
+def looking(task, seed):
+    """An expert that has looked at a fresh placement once."""
+    task.reset(seed=seed)
+    expert = Expert(task, np.random.default_rng(seed))
+    expert.action()
+    return expert
+
+
 def test_expert_grips_a_can_in_its_middle_for_at_its_edge_it_slips():
-    task = LiberoTask("libero_object", 0)
-    try:
-        task.reset(seed=0)
-        expert = Expert(task, np.random.default_rng(0))
-        expert.action()
+    with closing(LiberoTask("libero_object", 0)) as task:
+        expert = looking(task, 0)
         (_, can, basket), = expert.goals
         grip, _, free = expert.grip(can, basket)
         points = expert.cloud[can][:, :2]
         assert free and np.abs(grip[:2] - (points.min(0) + points.max(0)) / 2).max() < 0.005
-    finally:
-        task.close()
 
 
 def test_expert_always_grips_the_same_side_of_a_bowl_for_a_clone_of_both_goes_in_between():
-    task = LiberoTask("libero_goal", 4)
-    try:
+    with closing(LiberoTask("libero_goal", 4)) as task:
         sides = []
         for seed in range(10):
-            task.reset(seed=seed)
-            expert = Expert(task, np.random.default_rng(seed))
-            expert.action()
+            expert = looking(task, seed)
             (_, bowl, cabinet), = expert.goals
             sides.append((expert.grip(bowl, cabinet)[0] - expert.origin(bowl))[1])
         assert min(sides) > 0.03, f"{np.round(sides, 3)}: its rim is 5 cm from its middle"
-    finally:
-        task.close()
 
 
-def test_expert_grips_a_packet_across_and_its_palm_stays_above_the_bowl_beside_it():
-    task = LiberoTask("libero_goal", 6)
-    try:
-        task.reset(seed=0)
-        expert = Expert(task, np.random.default_rng(0))
-        expert.action()
+def test_expert_grips_a_packet_across_and_its_palm_comes_no_lower_than_the_rim_of_the_bowl_beside_it():
+    with closing(LiberoTask("libero_goal", 6)) as task:
+        expert = looking(task, 0)
         (_, packet, bowl), = expert.goals
         grip, yaw, _ = expert.grip(packet, bowl)
         bottom, top = expert.cloud[packet][:, 2].min(), expert.cloud[packet][:, 2].max()
         assert abs(yaw) < 0.3, "the packet is 43 mm wide across, 81 mm along: at 45 degrees its corners are gripped"
         assert grip[2] + FINGER_DEPTH > expert.cloud[bowl][:, 2].max() - 0.003 and bottom < grip[2] - FINGERTIP < top - 0.01
-    finally:
-        task.close()

@@ -4,7 +4,6 @@ import torch
 from safetensors.torch import load_file
 
 import encoders
-from encoders import ImageTextModel
 import openvla_memory
 from openvla import OpenVLAPolicy, load_policy, pretrained_policy
 from openvla_tiny import write_checkpoint
@@ -118,7 +117,7 @@ def test_the_backbone_says_which_kind_of_policy_it_is(tmp_path):
 
 @torch.no_grad()
 def test_many_questions_are_read_a_few_at_a_time_with_the_same_answers(tmp_path, monkeypatch):
-    reader, pictures = ImageTextModel(tiny_vlm(tmp_path, "llava"), "--x"), torch.randint(0, 256, (11, 2, 3, 32, 32), dtype=torch.uint8)
+    reader, pictures = encoders.ImageTextModel(tiny_vlm(tmp_path, "llava"), "--x"), torch.randint(0, 256, (11, 2, 3, 32, 32), dtype=torch.uint8)
     questions, sizes = [f"pick up the {'milk ' * (i % 3)}" for i in range(11)], []
     monkeypatch.setattr(reader, "_read", lambda some, words, read=reader._read: sizes.append(len(words)) or read(some, words))
     together, alone = reader.hidden(pictures, questions), [reader.hidden(pictures[i:i + 1], questions[i:i + 1]) for i in range(11)]
