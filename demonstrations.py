@@ -29,7 +29,7 @@ from episodes import Episode
 from expert import Expert
 from geometry import Cameras
 from libero_env import NO_OP, RENDER_SIZE, LiberoTask, load_suite, shrink, step_limit
-from runs import UserError, clear_errors
+from runs import UserError, clear_errors, whole_file
 
 PUSH_RATE = 0.06  # probability, at a control step, that a burst of (full) pushes starts
 SKILLS = {"on", "in", "open", "close", "turnon"}  # kinds of goals that the expert reaches
@@ -93,9 +93,8 @@ def collect_demonstrations(suite, task_id, count, seed, folder, mesh_cell=0.0, i
         raise UserError(f"the scripted expert has no skill for '{predicate}' ({task.instruction}): leave {task_id} out of "
                         "--task_ids, or give recorded demonstrations (--demos)")
     path = Path(folder) / f"{task.name}_demo.hdf5"
-    temporary = path.with_name(path.name + ".writing")
     lengths = []
-    with h5py.File(temporary, "w") as file:
+    with whole_file(path) as temporary, h5py.File(temporary, "w") as file:
         data = file.create_group("data")
         for attempt in range(1000 * seed, 1000 * seed + 3 * count):
             rows = expert_episode(task, attempt) if len(lengths) < count else None
@@ -108,12 +107,10 @@ def collect_demonstrations(suite, task_id, count, seed, folder, mesh_cell=0.0, i
             demo.attrs.update(num_samples=lengths[-1], seed=attempt, init_state=rows["states"][0])
         data.attrs.update(num_demos=len(lengths), total=sum(lengths), macros_image_convention="opengl",
                           problem_info=json.dumps({"language_instruction": task.instruction}))
-    task.close()
-    if len(lengths) < count:
-        temporary.unlink()
-        raise UserError(f"the scripted expert solved {suite} task {task_id} only {len(lengths)} times in "
-                        f"{3 * count} tries: use another --seed, or recorded demonstrations (--demos)")
-    temporary.replace(path)
+        task.close()
+        if len(lengths) < count:
+            raise UserError(f"the scripted expert solved {suite} task {task_id} only {len(lengths)} times in "
+                            f"{3 * count} tries: use another --seed, or recorded demonstrations (--demos)")
     return path
 
 

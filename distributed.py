@@ -5,11 +5,16 @@
 Every process holds all models and data. All of them draw the same random numbers, for the whole batch, and compute with
 their own rows of it; gradients are added up. So N processes learn what one does, up to the order of sums. Only dropout
 draws differ. Episodes are shared out whole; rank 0 alone writes the run folder and is heard.
+
+At the end: the helpers, one a core, in which simulators run.
 """
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partialmethod
 
@@ -79,3 +84,29 @@ def first_to_fail() -> bool:
         return dist.distributed_c10d._get_default_store().add("failed", 1) == 1
     except RuntimeError:  # the store has gone with its process
         return False
+
+
+@contextmanager
+def light_children():
+    """Processes started inside use one BLAS thread each: with one process a core, more only get in the way. And they do not
+    import the script that starts them, which takes seconds: what they run must be in a module of its own."""
+    main = vars(sys.modules["__main__"])
+    script, names = main.pop("__file__", None), ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        main |= {"__file__": script} if script else {}
+        for name in names:
+            del os.environ[name]
+        os.environ |= before
+
+
+def in_processes(function, arguments, num_procs, name, unit):
+    """Call a top-level function with every tuple of arguments, one process a core, under a progress bar."""
+    with light_children(), ProcessPoolExecutor(
+            num_procs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(function, *values) for values in arguments]
+        for future in tqdm(as_completed(futures), total=len(futures), desc=name, unit=unit):
+            future.result()

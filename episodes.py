@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from geometry import opening
-from runs import UserError
+from runs import UserError, whole_file
 
 VIEWS = ("agentview", "wrist")
 MEMORY = 5  # F: EnerVerse-AC's sparse memory, frames at 0, 1/3 and 2/3 of the history and the last one; before it the grip
@@ -171,11 +171,8 @@ class Episode:
 
     def save(self, path):
         """Write a compressed .npz under a temporary name, then rename it."""
-        path = Path(path)
-        temporary = path.with_name(path.name + ".writing")
-        with open(temporary, "wb") as file:
+        with whole_file(path) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(file, **asdict(self))
-        temporary.replace(path)
 
     @classmethod
     def load(cls, path) -> "Episode":

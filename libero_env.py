@@ -21,8 +21,9 @@ import gymnasium
 import numpy as np
 import torch
 
+from distributed import light_children
 from geometry import Camera, Cameras, opening
-from runs import UserError, light_children
+from runs import UserError
 
 os.environ.setdefault("MUJOCO_GL", "egl")  # both must be set before the first import of mujoco; a user's value stays
 os.environ.setdefault("LP_NUM_THREADS", "1")  # Mesa gains nothing from a second thread; the other core has its own process

@@ -49,7 +49,7 @@ from encoders import check_memory, recompute_layers, size_of
 from episodes import Normalizer
 from policy import MLPResNet, Policy, PolicyConfig
 from ppo import add_lora, lora_rank
-from runs import UserError, find_model, load_weights, read_json, save_model
+from runs import UserError, find_model, load_pretrained, read_json, save_model
 from vlm_policy import VLMPolicy
 
 MODEL_TYPE = "world_env_openvla"
@@ -193,12 +193,8 @@ class OpenVLAPolicy(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder) -> "OpenVLAPolicy":
-        folder = find_model(folder)
-        try:
-            config = PolicyConfig(**read_json(f"{folder}/config.json")["config"])
-        except (TypeError, KeyError) as error:
-            raise UserError(f"{folder} holds a policy of another version ({error}): train again") from None
-        return load_weights(folder, cls.from_checkpoint(config), whole=False)
+        return load_pretrained(folder, "policy", lambda saved: cls.from_checkpoint(PolicyConfig(**saved["config"])),
+                               whole=False)
 
     @classmethod
     def from_checkpoint(cls, config: PolicyConfig, suite="") -> "OpenVLAPolicy":

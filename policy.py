@@ -41,7 +41,7 @@ from transformers import LlamaConfig, LlamaModel
 
 from distributed import world_size
 from episodes import Normalizer, to_float, tokenize
-from runs import UserError, find_model, load_weights, parts, read_json, save_model
+from runs import UserError, load_pretrained, parts, save_model
 
 MODEL_TYPE = "world_env_policy"
 
@@ -295,15 +295,12 @@ class Policy(nn.Module):
     @classmethod
     def from_pretrained(cls, folder) -> "Policy":
         """folder: or a hub id, as for the world model and the reflector."""
-        folder = find_model(folder)
-        saved = read_json(f"{folder}/config.json")
-        if saved.get("model_type") != MODEL_TYPE:
-            raise UserError(f"{folder} holds a {saved.get('model_type')}, not a policy: name another")
-        try:
-            policy = cls(PolicyConfig(**saved["config"]), Normalizer.from_dict(saved["normalizer"]))
-        except (TypeError, KeyError) as error:
-            raise UserError(f"{folder} holds a policy of another version ({error}): train again") from None
-        return load_weights(folder, policy).eval()
+        def build(saved):
+            if saved.get("model_type") != MODEL_TYPE:
+                raise UserError(f"{folder} holds a {saved.get('model_type')}, not a policy: name another")
+            return cls(PolicyConfig(**saved["config"]), Normalizer.from_dict(saved["normalizer"]))
+
+        return load_pretrained(folder, "policy", build).eval()
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ from torch import Tensor, nn
 from encoders import ImageTextModel
 from episodes import to_float, tokenize
 from geometry import MAX_OPENING
-from runs import UserError, find_model, load_weights, read_json, save_model
+from runs import load_pretrained, save_model
 
 
 @dataclass
@@ -219,12 +219,7 @@ class Reflector(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Reflector:
-        folder = find_model(folder)
-        try:
-            config = ReflectorConfig(**read_json(folder / "config.json"))
-        except TypeError as error:
-            raise UserError(f"{folder} holds no reflector of this version: delete it, train again") from error
-        return load_weights(folder, cls(config))
+        return load_pretrained(folder, "reflector", lambda saved: cls(ReflectorConfig(**saved)))
 
 
 def augment(frames: Tensor, config: ReflectorConfig, generator: torch.Generator) -> Tensor:

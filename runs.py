@@ -11,13 +11,11 @@ import errno
 import fcntl
 import json
 import math
-import multiprocessing
 import os
 import re
 import shutil
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,15 +65,23 @@ def _say(message, code=2) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 # ---------------------------------------------------------------------------------------------------------------------
+@contextmanager
+def whole_file(path):
+    """Yield a temporary path, renamed to `path` at the end: a reader sees the old file or the new one, never half of it."""
+    temporary = Path(path).with_name(Path(path).name + ".writing")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_json(path, value):
-    """Atomic: a reader sees the old file or the new one, never half of it."""
     if distributed.rank():
         return
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".writing")
-    temporary.write_text(json.dumps(value, indent=2))
-    os.replace(temporary, path)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file:
+        file.write_text(json.dumps(value, indent=2))
 
 
 def read_json(path) -> dict:
@@ -90,9 +96,8 @@ def read_json(path) -> dict:
 def _write_tensors(path, tensors):
     if distributed.rank():
         return
-    temporary = Path(path).with_name(Path(path).name + ".writing")
-    save_file({key: value.detach().contiguous().cpu() for key, value in tensors.items()}, temporary)
-    os.replace(temporary, path)
+    with whole_file(path) as file:
+        save_file({key: value.detach().contiguous().cpu() for key, value in tensors.items()}, file)
 
 
 def _read_tensors(path) -> dict[str, torch.Tensor]:
@@ -133,6 +138,17 @@ def find_model(name: str | Path, flag="", **patterns) -> Path:
     except Exception as error:  # the hub's client raises what its HTTP library raises
         raise UserError(f"{flag}{name} is no folder here and cannot be had from the hub ({type(error).__name__}): check "
                         "the name and the network, or give a folder") from None
+
+
+def load_pretrained(name, what, build, whole=True):
+    """`build(its config.json)` with the weights of a folder or hub id; what: "policy", "reflector", for the error."""
+    folder = find_model(name)
+    saved = read_json(folder / "config.json")
+    try:
+        module = build(saved)
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{folder} holds no {what} of this version ({error}): train it again") from error
+    return load_weights(folder, module, whole)
 
 
 def load_weights(folder, module, whole=True):
@@ -252,9 +268,8 @@ def read_lines(path) -> list[dict]:
     text = path.read_text() if path.exists() else ""
     if not text.endswith("\n") and text:
         text = text[:text.rfind("\n") + 1]
-        temporary = path.with_name(path.name + ".writing")
-        temporary.write_text(text)
-        os.replace(temporary, path)
+        with whole_file(path) as file:
+            file.write_text(text)
     return [json.loads(line) for line in text.splitlines()]
 
 
@@ -385,34 +400,3 @@ def fit(name, model, make_batch, loss_fn, config: FitConfig, folder, seed, devic
             sums = {}
             save_resume(folder, step + 1, model, optimizer)
     return model.eval()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Processes
-# ---------------------------------------------------------------------------------------------------------------------
-@contextmanager
-def light_children():
-    """Processes started inside use one BLAS thread each: with one process a core, more only get in the way. And they do not
-    import the script that starts them, which takes seconds: what they run must be in a module of its own."""
-    main = vars(sys.modules["__main__"])
-    script, names = main.pop("__file__", None), ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
-    try:
-        yield
-    finally:
-        main |= {"__file__": script} if script else {}
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name)
-            else:
-                os.environ[name] = value
-
-
-def in_processes(function, arguments, num_procs, name, unit):
-    """Call a top-level function with every tuple of arguments, one process a core, under a progress bar."""
-    with light_children(), ProcessPoolExecutor(
-            num_procs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(function, *values) for values in arguments]
-        for future in tqdm(as_completed(futures), total=len(futures), desc=name, unit=unit):
-            future.result()

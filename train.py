@@ -27,7 +27,7 @@ import distributed
 import report
 from config import STAGES, TrainConfig, parse, stage_settings
 from demonstrations import collect_demonstrations, read_demonstrations, suite_cameras
-from distributed import barrier, gather, rank, shard, world_size
+from distributed import barrier, gather, in_processes, rank, shard, world_size
 from episodes import ChunkData, CloneData, Episode, Normalizer, StartContext, joined, load_episodes
 from evaluate import evaluate_policies, film_some, imagine_policy, load_model, load_policies, pick_device, protocol
 from fidelity import (check_trust, frame_logits, frame_scores, hand_apart, horizon_errors, imagine_episodes, imagined_copies,
@@ -41,8 +41,8 @@ from playing import control_steps, play, play_groups
 from policy import Policy, anchor_loss, clone_loss
 from ppo import add_lora, improve, make_optimizer, merge_lora, reference_of, rollout
 from reflector import Reflector, calibrate, reflector_loss
-from runs import (Run, UserError, check_settings, clear_errors, find_model, fit, in_processes, load_resume, load_weights,
-                  read_json, read_lines, read_log, save_resume, set_autocast, step_generator, write_json)
+from runs import (Run, UserError, check_settings, clear_errors, find_model, fit, load_resume, load_weights, read_json,
+                  read_lines, read_log, save_resume, set_autocast, step_generator, write_json)
 from starts import LiberoContext, short_tries, start_frames, true_starts
 from virtual_env import VirtualEnv
 from world_model import WorldModel, grasp_loss, world_model_loss

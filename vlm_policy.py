@@ -25,7 +25,7 @@ from encoders import ImageTextModel, recompute_layers
 from episodes import Normalizer, to_uint8
 from policy import MLPResNet, Policy, PolicyConfig
 from ppo import add_lora, lora_rank
-from runs import UserError, find_model, load_weights, read_json, save_model
+from runs import load_pretrained, save_model
 
 
 class VLMPolicy(nn.Module):
@@ -72,10 +72,5 @@ class VLMPolicy(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder) -> VLMPolicy:
-        folder = find_model(folder)
-        saved = read_json(folder / "config.json")
-        try:
-            policy = cls(PolicyConfig(**saved["config"]), Normalizer.from_dict(saved["normalizer"]))
-        except (TypeError, KeyError) as error:
-            raise UserError(f"{folder} holds a policy of another version ({error}): train again") from None
-        return load_weights(folder, policy, whole=False).eval()
+        return load_pretrained(folder, "policy", lambda saved: cls(PolicyConfig(**saved["config"]),
+                                                              Normalizer.from_dict(saved["normalizer"])), whole=False).eval()

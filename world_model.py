@@ -46,7 +46,7 @@ from episodes import GRIP, Normalizer, to_float, to_uint8
 from geometry import Cameras, action_map, agent_memory, carried, opening, ray_map, turn_between, warp_wrist, wrist_memory
 from kinematics import (STATE_FEATURES, GraspPredictor, PosePredictor, contact_bins, free_air_loss, in_contact, moved,
                         state_features, surroundings)
-from runs import UserError, autocast, find_model, load_weights, read_json, save_model
+from runs import UserError, autocast, load_pretrained, save_model
 
 SIGMA_DATA = 1.0  # standard deviation of what is diffused: residual_std sees to it
 
@@ -259,15 +259,9 @@ class WorldModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> WorldModel:
-        folder = find_model(folder)
-        value = read_json(folder / "config.json")
-        try:
-            model = cls(WorldModelConfig(**value["world_model"]), Cameras.from_dict(value["cameras"]),
-                        Normalizer.from_dict(value["normalizer"]))
-        except (TypeError, KeyError) as error:
-            raise UserError(f"{folder} holds no world model of this version ({error}): delete it and run the "
-                            "same command") from None
-        return load_weights(folder, model)
+        return load_pretrained(folder, "world model", lambda saved: cls(
+            WorldModelConfig(**saved["world_model"]), Cameras.from_dict(saved["cameras"]),
+            Normalizer.from_dict(saved["normalizer"])))
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -237,5 +237,5 @@ def test_save_and_load_are_bit_equal_and_a_foreign_folder_is_refused(tmp_path):
     frames, texts, fingers = batch["frames"], batch["instruction"], batch["fingers"]
     assert torch.equal(loaded(frames, texts, fingers), model(frames, texts, fingers))
     (tmp_path / "config.json").write_text('{"depth": 3}')
-    with pytest.raises(UserError, match="train again"):
+    with pytest.raises(UserError, match="train it again"):
         Reflector.from_pretrained(tmp_path)

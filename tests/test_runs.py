@@ -13,7 +13,7 @@ import runs
 from policy import Policy
 from reflector import Reflector
 from runs import (FitConfig, Run, UserError, fit, load_resume, load_weights, read_json, read_log, save_model,
-                  save_resume, step_generator, write_json)
+                  save_resume, step_generator, whole_file, write_json)
 from tiny_models import CAMERAS, NORMALIZER, POLICY, REFLECTOR, WORLD
 from world_model import WorldModel
 
@@ -180,6 +180,14 @@ def test_weights_come_back_bit_equal_and_bad_files_are_one_clear_line(tmp_path):
         read_json(tmp_path / "config.json")
 
 
+def test_what_breaks_off_leaves_the_old_file_and_no_other(tmp_path):
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(KeyboardInterrupt), whole_file(tmp_path / "file") as unfinished:
+        unfinished.write_text("ne")
+        raise KeyboardInterrupt
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("file", "old")]
+
+
 def test_a_full_disk_is_one_clear_line():
     for error in ("OSError(errno.ENOSPC, 'No space left on device', 'runs/x')", "SafetensorError('I/O error: no space')"):
         code = f"import errno; from runs import SafetensorError, clear_errors\nwith clear_errors(): raise {error}"
@@ -203,10 +211,25 @@ def test_the_log_is_json_lines(tmp_path):
     assert read_json(tmp_path / "deep" / "x.json") == [1]
 
 
-@pytest.mark.parametrize("kind", ["policy", "world", "reflector"])
+MODELS = {"policy": lambda: Policy(POLICY, NORMALIZER), "world model": lambda: WorldModel(WORLD, CAMERAS, NORMALIZER),
+          "reflector": lambda: Reflector(REFLECTOR)}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_model_of_another_version_is_one_clear_line(kind, tmp_path):
+    model = MODELS[kind]()
+    model.save_pretrained(tmp_path)
+    saved = (tmp_path / "config.json").read_text()
+    for key, other in ("views", "eyes"), ("normalizer", "scales"), ("cameras", "eyes"):
+        if f'"{key}"' in saved:
+            (tmp_path / "config.json").write_text(saved.replace(f'"{key}"', f'"{other}"'))
+            with pytest.raises(UserError, match=f"holds no {kind} of this version .*: train it again"):
+                type(model).from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", MODELS)
 def test_a_model_of_ours_is_read_from_the_hub_by_its_name(kind, tmp_path, monkeypatch):
-    model = {"policy": lambda: Policy(POLICY, NORMALIZER), "world": lambda: WorldModel(WORLD, CAMERAS, NORMALIZER),
-             "reflector": lambda: Reflector(REFLECTOR)}[kind]()
+    model = MODELS[kind]()
     model.save_pretrained(tmp_path / "cache")
     monkeypatch.setattr(runs, "snapshot_download", lambda name: {"me/mine": str(tmp_path / "cache")}[name])
     for name in ("me/mine", str(tmp_path / "cache"), tmp_path / "cache"):
@@ -229,7 +252,7 @@ def test_processes_do_not_import_the_script_that_starts_them(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("\n".join((
         "print('imported')", "import os, sys", f"sys.path.insert(0, {str(Path(runs.__file__).parent)!r})",
-        "from runs import in_processes", "if __name__ == '__main__':", "    in_processes(os.getenv, [('HOME',)], 1, 'ask', 'name')",
+        "from distributed import in_processes", "if __name__ == '__main__':", "    in_processes(os.getenv, [('HOME',)], 1, 'ask', 'name')",
         "    print(os.path.basename(__file__))")))
     process = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert process.stdout.split() == ["imported", "script.py"], process.stderr
