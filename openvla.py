@@ -193,7 +193,7 @@ class OpenVLAPolicy(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder) -> "OpenVLAPolicy":
-        return load_pretrained(folder, "policy", lambda saved: cls.from_checkpoint(PolicyConfig(**saved["config"])),
+        return load_pretrained(folder, "policy", cls.from_checkpoint, lambda saved: [PolicyConfig(**saved["config"])],
                                whole=False)
 
     @classmethod

@@ -295,12 +295,12 @@ class Policy(nn.Module):
     @classmethod
     def from_pretrained(cls, folder) -> "Policy":
         """folder: or a hub id, as for the world model and the reflector."""
-        def build(saved):
+        def arguments(saved):
             if saved.get("model_type") != MODEL_TYPE:
                 raise UserError(f"{folder} holds a {saved.get('model_type')}, not a policy: name another")
-            return cls(PolicyConfig(**saved["config"]), Normalizer.from_dict(saved["normalizer"]))
+            return PolicyConfig(**saved["config"]), Normalizer.from_dict(saved["normalizer"])
 
-        return load_pretrained(folder, "policy", build).eval()
+        return load_pretrained(folder, "policy", cls, arguments).eval()
 
 
 # ------------------------------------------------------------------------------------------------------------

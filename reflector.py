@@ -219,7 +219,7 @@ class Reflector(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Reflector:
-        return load_pretrained(folder, "reflector", lambda saved: cls(ReflectorConfig(**saved)))
+        return load_pretrained(folder, "reflector", cls, lambda saved: [ReflectorConfig(**saved)])
 
 
 def augment(frames: Tensor, config: ReflectorConfig, generator: torch.Generator) -> Tensor:

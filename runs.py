@@ -140,15 +140,15 @@ def find_model(name: str | Path, flag="", **patterns) -> Path:
                         "the name and the network, or give a folder") from None
 
 
-def load_pretrained(name, what, build, whole=True):
-    """`build(its config.json)` with the weights of a folder or hub id; what: "policy", "reflector", for the error."""
+def load_pretrained(name, what, make, arguments, whole=True):
+    """`make(*arguments(its config.json))` with the weights of a folder or hub id; what: "policy", ..., for the error."""
     folder = find_model(name)
     saved = read_json(folder / "config.json")
     try:
-        module = build(saved)
+        values = arguments(saved)
     except (TypeError, KeyError) as error:
         raise UserError(f"{folder} holds no {what} of this version ({error}): train it again") from error
-    return load_weights(folder, module, whole)
+    return load_weights(folder, make(*values), whole)
 
 
 def load_weights(folder, module, whole=True):

@@ -72,5 +72,5 @@ class VLMPolicy(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder) -> VLMPolicy:
-        return load_pretrained(folder, "policy", lambda saved: cls(PolicyConfig(**saved["config"]),
-                                                              Normalizer.from_dict(saved["normalizer"])), whole=False).eval()
+        return load_pretrained(folder, "policy", cls, lambda saved: (
+            PolicyConfig(**saved["config"]), Normalizer.from_dict(saved["normalizer"])), whole=False).eval()

@@ -259,7 +259,7 @@ class WorldModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> WorldModel:
-        return load_pretrained(folder, "world model", lambda saved: cls(
+        return load_pretrained(folder, "world model", cls, lambda saved: (
             WorldModelConfig(**saved["world_model"]), Cameras.from_dict(saved["cameras"]),
             Normalizer.from_dict(saved["normalizer"])))
 

@@ -12,8 +12,8 @@ from torch import nn
 import runs
 from policy import Policy
 from reflector import Reflector
-from runs import (FitConfig, Run, UserError, fit, load_resume, load_weights, read_json, read_log, save_model,
-                  save_resume, step_generator, whole_file, write_json)
+from runs import (FitConfig, Run, UserError, fit, load_pretrained, load_resume, load_weights, read_json, read_log,
+                  save_model, save_resume, step_generator, whole_file, write_json)
 from tiny_models import CAMERAS, NORMALIZER, POLICY, REFLECTOR, WORLD
 from world_model import WorldModel
 
@@ -225,6 +225,12 @@ def test_a_model_of_another_version_is_one_clear_line(kind, tmp_path):
             (tmp_path / "config.json").write_text(saved.replace(f'"{key}"', f'"{other}"'))
             with pytest.raises(UserError, match=f"holds no {kind} of this version .*: train it again"):
                 type(model).from_pretrained(tmp_path)
+
+
+def test_a_mistake_in_a_models_own_code_is_not_called_another_version(tmp_path):
+    write_json(tmp_path / "config.json", {})
+    with pytest.raises(KeyError, match="mistake"):
+        load_pretrained(tmp_path, "policy", lambda: {}["mistake"], lambda saved: [])
 
 
 @pytest.mark.parametrize("kind", MODELS)
