@@ -20,8 +20,8 @@ from world_model import WorldModelConfig
 
 Stage = Literal["demonstrate", "clone", "explore", "simulate", "reflect", "imagine", "evaluate"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
-LEAST = {"num_demos": 1, "check.episodes": 1, "ppo.groups": 1, "ppo.microbatch": 1, "ppo.group_size": 2,
-         "virtual.stop.confirm": 1, "evaluate.stop.confirm": 1,  # frames in a row
+LEAST = {"num_demos": 1, "validate.episodes": 1, "ppo.groups": 1, "ppo.microbatch": 1, "ppo.group_size": 2,
+         "validate.every": 0, "virtual.horizon": 1, "virtual.stop.confirm": 1, "evaluate.stop.confirm": 1,  # frames in a row
          "drift.batch_size": 2, "grasp.batch_size": 2, "reflect.batch_size": 2}  # half of them imagined
 
 
@@ -38,12 +38,12 @@ class ExploreConfig:
 
 
 @dataclass
-class CheckConfig:
-    """A look at both worlds while RL goes on, from fresh placements, never from the benchmark's states.
+class ValidateConfig:
+    """Validation in both worlds while RL goes on, on fresh placements, never on the benchmark's states.
 
     The policy that truly succeeded most often is kept: that before RL is among them. A tie goes to the earlier one.
     """
-    every: int = 10  # RL iterations between two looks; 0: none, the last policy is kept
+    every: int = 10  # RL iterations between two validations; 0: none, the last policy is kept
     episodes: int = 5  # episodes a task
 
 
@@ -54,7 +54,7 @@ class TrainConfig:
     preset: Literal["tiny", "small", "medium", "large"] = "small"  # sizes of everything; any flag given beside it wins
     task_ids: tuple[int, ...] = ()  # tasks of the suite; empty: all of them
     seed: int = 0  # of placements, networks, batches and noise
-    output_dir: str = ""  # run folder; empty: runs/<task>
+    output_dir: str = ""  # run folder; empty: runs/<task>, with other presets than small runs/<task>_<preset>
     stages: tuple[Stage, ...] = STAGES  # stages to run; what they need of the others must be there
     demos: str = ""  # folder with official LIBERO HDF5 demonstrations; empty: a scripted expert makes them
     num_demos: int = 5  # demonstrations a task
@@ -71,7 +71,7 @@ class TrainConfig:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     clone: FitConfig = field(default_factory=lambda: FitConfig(steps=1600, batch_size=32, lr=1e-3, muon=True))
     explore: ExploreConfig = field(default_factory=ExploreConfig)
-    world_model: WorldModelConfig = field(default_factory=lambda: WorldModelConfig(channels=(32, 64, 96)))
+    world_model: WorldModelConfig = field(default_factory=WorldModelConfig)
     simulate: FitConfig = field(default_factory=lambda: FitConfig(steps=700, batch_size=16, lr=1e-3, muon=True))
     drift: FitConfig = field(default_factory=lambda: FitConfig(steps=300, batch_size=16, lr=5e-4, muon=True))
     grasp: FitConfig = field(default_factory=lambda: FitConfig(steps=500, batch_size=64, lr=1e-3, weight_decay=0.05))
@@ -79,8 +79,8 @@ class TrainConfig:
     reflect: FitConfig = field(default_factory=lambda: FitConfig(steps=600, batch_size=32, lr=1e-3, weight_decay=0.1))
     virtual: VirtualEnvConfig = field(default_factory=VirtualEnvConfig)
     start: StartConfig = field(default_factory=StartConfig)
-    ppo: PPOConfig = field(default_factory=lambda: PPOConfig(iterations=20))
-    check: CheckConfig = field(default_factory=CheckConfig)
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    validate: ValidateConfig = field(default_factory=ValidateConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
@@ -96,18 +96,18 @@ def tiny() -> TrainConfig:
         drift=FitConfig(steps=10, batch_size=8, muon=True, **fast), grasp=FitConfig(steps=20, batch_size=8, **fast),
         reflector=ReflectorConfig(channels=16, width=32), reflect=FitConfig(steps=30, batch_size=8, **fast),
         virtual=VirtualEnvConfig(horizon=3), ppo=PPOConfig(iterations=2, groups=2, group_size=4, minibatch=32),
-        check=CheckConfig(every=2, episodes=1), evaluate=EvaluateConfig(episodes=1))
+        validate=ValidateConfig(every=2, episodes=1), evaluate=EvaluateConfig(episodes=1))
 
 
 def medium() -> TrainConfig:
-    """What a GPU does in ten minutes, with small's demonstrations, clone and exploration: a simulator twice as large that
+    """Quarter of an hour of a GPU, with small's demonstrations, clone and exploration: a simulator 1.5 times as wide that
     learns from eleven times as many pictures, and RL from four times as many rollouts."""
     return TrainConfig(
-        preset="medium", world_model=WorldModelConfig(),
+        preset="medium", world_model=WorldModelConfig(channels=(48, 96, 144)),
         simulate=FitConfig(steps=2000, batch_size=64, lr=8e-4), drift=FitConfig(steps=700, batch_size=64, lr=4e-4),
         grasp=FitConfig(steps=500, batch_size=128, lr=1e-3, weight_decay=0.05),
         reflect=FitConfig(steps=600, batch_size=64, lr=1e-3, weight_decay=0.1),
-        ppo=PPOConfig(iterations=40, groups=32, microbatch=512), check=CheckConfig(every=20))
+        ppo=PPOConfig(iterations=40, groups=32, microbatch=512), validate=ValidateConfig(every=20))
 
 
 def large() -> TrainConfig:
@@ -124,7 +124,7 @@ def stage_settings(config, name) -> dict:
     """The part of the configuration that a finished stage depends on directly."""
     sections = {"demonstrate": ("demos", "num_demos"), "clone": ("policy", "clone"), "explore": ("explore", "max_steps"),
                 "simulate": ("world_model", "init_world", "simulate", "drift", "grasp"), "reflect": ("reflector", "reflect"),
-                "imagine": ("virtual", "start", "ppo", "check", "rl_env", "filtered_cloning", "max_steps"),
+                "imagine": ("virtual", "start", "ppo", "validate", "rl_env", "filtered_cloning", "max_steps"),
                 "evaluate": ("evaluate", "max_steps")}
     values = asdict(config)
     chosen = {key: values[key] for key in ("task", "task_ids", "seed", "refresh", *sections[name])}
@@ -144,7 +144,7 @@ def parse(arguments: list[str]) -> TrainConfig:
     chosen = [value for flag, value in zip(arguments, arguments[1:]) if flag == "--preset"]
     chosen += [flag.split("=", 1)[1] for flag in arguments if flag.startswith("--preset=")]
     default = {"tiny": tiny, "medium": medium, "large": large}.get(chosen[-1] if chosen else "", TrainConfig)()
-    config = tyro.cli(TrainConfig, default=default, args=arguments)
+    config = tyro.cli(TrainConfig, default=default, args=arguments, use_underscores=True)
     for name in ("image_size", "chunk_size"):
         sizes = {f"--{part}.{name}": getattr(getattr(config, part), name) for part in ("policy", "world_model", "reflector")
                  if hasattr(getattr(config, part), name)}
@@ -165,8 +165,9 @@ def parse(arguments: list[str]) -> TrainConfig:
         raise UserError("--seed must be from 0 to 198: placements of higher ones would be those of validation and tests")
     if config.drift.batch_size % 2:
         raise UserError("--drift.batch_size must be even: half of a batch is imagined")
-    if not config.policy.views == config.reflector.views == 2:
-        raise UserError("--policy.views and --reflector.views must be 2: agent view and wrist")
+    if (config.policy.views, config.reflector.views, config.policy.action_dim, config.policy.state_dim) != (2, 2, 7, 8):
+        raise UserError("--policy.views and --reflector.views must be 2 (agent view and wrist), --policy.action_dim 7 and "
+                        "--policy.state_dim 8: LIBERO's")
     if len(set(config.task_ids)) < len(config.task_ids):
         raise UserError("--task_ids names a task twice")
     start = config.start
@@ -175,4 +176,5 @@ def parse(arguments: list[str]) -> TrainConfig:
                         "above 1")
     if config.max_steps < config.policy.chunk_size and config.max_steps:
         raise UserError(f"--max_steps must be 0 (the suite's limit) or at least a chunk, {config.policy.chunk_size}")
+    config.output_dir = config.output_dir or f"runs/{config.task}" + f"_{config.preset}" * (config.preset != "small")
     return config

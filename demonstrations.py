@@ -12,7 +12,7 @@ Two things to know about LIBERO's files:
 2. Pictures are stored as OpenGL leaves them, upside down.
 
 Shapes: T rows of a file, V camera views, H, W image.
-Try it:  python demonstrations.py --suite libero_object --tries 5
+Try it:  python demonstrations.py --task libero_object --tries 5
 """
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def read_demonstrations(path, task_id, limit=5, image_size=64) -> list[Episode]:
 
 
 def read_demonstration(demo, task_id, instruction, image_size) -> Episode:
-    """One group of a file as an Episode: frames upright and smaller, steps that command nothing dropped."""
+    """One group of a file as an Episode: frames upright and smaller, steps in which nothing happens dropped."""
     obs, T = demo["obs"], len(demo["actions"])
     actions = demo["actions"][1:].astype(np.float32)  # (T-1, 7); action 0 led to the first frame
     executed = demo.get("executed_actions", demo["actions"])[1:].astype(np.float32)
@@ -152,8 +152,11 @@ def read_demonstration(demo, task_id, instruction, image_size) -> Episode:
     if success.sum() == 1:  # official files mark the last row alone; recording went on until ten were solved
         success[-10:] = True
     kept, gripper = [], None
-    for t, action in enumerate(actions):  # OpenVLA's rule: no motion and no new gripper command is no step
-        if np.linalg.norm(action[:6]) >= 1e-4 or (gripper is not None and action[6] != gripper):
+    for t, action in enumerate(actions):
+        # OpenVLA's rule: no motion and no new gripper command is no step. It replays what is left; here frames are cut out
+        # of the recording, so fingers that are still closing keep their steps, too.
+        fingers = np.abs(states[t + 1, 6:] - states[t, 6:]).max()
+        if np.linalg.norm(action[:6]) >= 1e-4 or (gripper is not None and action[6] != gripper) or fingers > 5e-4:
             kept.append(t)
             gripper = action[6]
     frames = [*kept, T - 1]
@@ -180,14 +183,14 @@ def suite_cameras(suite, seed=0) -> Cameras:
 def main():
     """Print how often the scripted expert succeeds on fresh placements. Nothing is drawn or written."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--suite", default="libero_object")
+    parser.add_argument("--task", default="libero_object", help="LIBERO suite")
     parser.add_argument("--tries", type=int, default=5, help="placements a task")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first placement")
     parser.add_argument("--disturb", action=argparse.BooleanOptionalAction, default=True, help="push the arm")
     args = parser.parse_args()
     print(f"{'task':58} success    steps  seconds")
-    for task_id in range(load_suite(args.suite).n_tasks):
-        task, start = LiberoTask(args.suite, task_id), time.time()
+    for task_id in range(load_suite(args.task).n_tasks):
+        task, start = LiberoTask(args.task, task_id), time.time()
         seeds = range(args.seed, args.seed + args.tries)
         episodes = [expert_episode(task, seed, args.disturb, render=False) for seed in seeds]
         lengths = [len(rows["actions"]) for rows in episodes if rows is not None]

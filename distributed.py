@@ -4,7 +4,7 @@
 
 Every process holds all models and data. All of them draw the same random numbers, for the whole batch, and compute with
 their own rows of it; gradients are added up. So N processes learn what one does, up to the order of sums. Only dropout
-draws differ. Episodes are shared out whole; rank 0 alone writes the run folder and is heard.
+draws differ. Episodes are shared out whole and kept by whoever plays them; all else rank 0 alone writes and says.
 
 At the end: the helpers, one a core, in which simulators run.
 """
@@ -108,5 +108,9 @@ def in_processes(function, arguments, num_procs, name, unit):
     with light_children(), ProcessPoolExecutor(
             num_procs, mp_context=multiprocessing.get_context("spawn")) as pool:
         futures = [pool.submit(function, *values) for values in arguments]
-        for future in tqdm(as_completed(futures), total=len(futures), desc=name, unit=unit):
-            future.result()
+        try:
+            for future in tqdm(as_completed(futures), total=len(futures), desc=name, unit=unit):
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # those in the queue are not waited for
+            raise

@@ -292,7 +292,8 @@ class ChunkData:
     def world_batch(self, size, generator, transitions=1024) -> dict:
         """What the world simulator learns from: `size` next pictures, and many more steps of the hand, which are cheap.
 
-        A quarter of the pictures are from the three chunks after the fingers opened again, as half of `frame_batch`'s.
+        A quarter of the pictures are from where the fingers open again or up to three chunks later, as half of
+        `frame_batch`'s.
         "transitions": as of `transitions`, (B, M, ...), M of them beside every picture, some `transitions` in all.
         """
         quarter = self._draw(size // 4, generator, self.before_it)
@@ -342,19 +343,18 @@ class ChunkData:
     def frame_batch(self, size, generator) -> dict:
         """Frames (first, previous, current) for the reflector.
 
-        Half of them are from the three chunks after the fingers opened again (a tenth of all frames, or less): there it is
-        decided whether the task is done. As in `grasp_batch`, the network is shown what they are chosen by.
+        Half of them are from where the fingers opened again or up to three chunks later (a tenth of all frames, or less):
+        there it is decided whether the task is done. As in `grasp_batch`, the network is shown what they are chosen by.
         """
         half = self._draw(size // 2, generator, self.letting_go or self.frames)
         picks = half + self._draw(size - len(half), generator, self.frames)
         frames = [self.tracks[k].images[[0, max(t - 1, 0), t]] for k, t in picks]
-        fingers = [finger_history(torch.from_numpy(self.tracks[k].states[:t + 1]))[[0, max(t - 1, 0), t]] for k, t in picks]
+        fingers = [finger_history(torch.from_numpy(self.tracks[k].states[:t + 1]))[t] for k, t in picks]
         return {
             "frames": _stack(frames, self.device),
             "fingers": torch.stack(fingers).to(self.device),
             "instruction": [self.episodes[k].instruction for k, _ in picks],
-            "labels": torch.tensor([[0.0, 0.0, float(self.tracks[k].success[t])] for k, t in picks], device=self.device),
-            "valid": torch.tensor([[False, False, True]] * size, device=self.device),
+            "labels": torch.tensor([float(self.tracks[k].success[t]) for k, t in picks], device=self.device),
         }
 
     def starts(self, picks) -> list[StartContext]:

@@ -10,7 +10,6 @@ neither on the number of processes nor on what was played before.
 
     python evaluate.py --checkpoint runs/libero_object --task libero_object --episodes 50    # the standard protocol
     python evaluate.py --checkpoint runs/a runs/b --policy post_trained                      # paired; seeds: mean, std
-    python evaluate.py --checkpoint runs/libero_object --benchmark          # speeds, nothing else
     python evaluate.py --world runs/libero_object --episodes 10             # how far its imagination can be believed
 
 Shapes: B episodes, T time in chunks, V camera views, L action-chunk length, C, H, W image.
@@ -18,7 +17,6 @@ Shapes: B episodes, T time in chunks, V camera views, L action-chunk length, C, 
 from __future__ import annotations
 
 import os
-import time
 import zlib
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
@@ -41,10 +39,10 @@ from openvla import load_policy
 from playing import play
 from ppo import rollout
 from reflector import Reflector, StopRule
-from runs import Run, UserError, check_settings, clear_errors, read_json, set_autocast, step_generator, write_json
+from runs import Run, UserError, check_settings, clear_errors, read_json, set_autocast, write_json
 from starts import LiberoContext, start_pools, true_starts
 from virtual_env import VirtualEnv, VirtualEnvConfig
-from world_model import WorldModel, world_model_loss
+from world_model import WorldModel
 
 REMEDY = "choose another --output_dir, or delete that folder"
 AT_ONCE = 64  # episodes that are imagined together: each has noise of its own, however many there are
@@ -203,52 +201,15 @@ def film_some(rows, folder, to, count, world, reflector, eta) -> dict[int, list[
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Speed
-# ---------------------------------------------------------------------------------------------------------------------
-def benchmark(policies, world, reflector, suite, task_id, episodes, image_size, num_procs, device) -> dict:
-    """Imagined against true control steps a second with the same views, training samples and episodes a minute."""
-    policy, L = list(policies.values())[-1], world.config.chunk_size
-    data = ChunkData(episodes, L, device)
-    starts = (data.first_starts() * 32)[:32]
-    env = VirtualEnv(world, reflector, VirtualEnvConfig(horizon=8, stop=StopRule(eta=2.0)), len(starts), 8)
-    seconds, played = _timed(lambda: rollout(policy, env, starts))
-    imagined = int(played.valid.sum()) * L / seconds
-    true_env = LiberoVectorEnv(suite, num_procs, image_size, L, max_steps=8 * L, device=device)
-    with closing(true_env):
-        contexts = [LiberoContext(task_id, seed) for seed in range(num_procs)]
-        true_env.reset(contexts)  # builds the simulators
-        seconds, played = _timed(lambda: rollout(policy, true_env, contexts))
-    true = int(played.valid.sum()) * L / seconds
-    optimizer = torch.optim.AdamW(world.parameters(), lr=0.0)
-
-    def train_step():
-        loss, _ = world_model_loss(world, data.world_batch(16, step_generator(0, 0)), step_generator(0, 0, device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    train_step()
-    seconds, _ = _timed(lambda: [train_step() for _ in range(4)])
-    return {"imagined_steps_per_s": imagined, "true_steps_per_s": true, "imagined_over_true": imagined / true,
-            "world_training_samples_per_s": 64 / seconds,
-            "full_length_episodes_per_minute_and_core": 60 * true / step_limit(suite) / num_procs}
-
-
-def _timed(work):
-    start = time.perf_counter()
-    value = work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, value
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The virtual environment, measured
 # ---------------------------------------------------------------------------------------------------------------------
-def measure_world(arguments, run, trained, suite, task_ids, policy, world, reflector, num_procs, device):
+def measure_world(arguments, run, trained, suite, task_ids, num_procs, device):
     """Play test episodes in the true simulator, imagine them, write and print what `fidelity.measure` finds.
 
     Some are taken up again by the greedy policy, in both worlds, from where RL starts: just before their first grasp.
     """
+    policy = load_policies(run, device, "cloned")["cloned"]
+    world, reflector = load_model(WorldModel, run / "simulate", device), load_model(Reflector, run / "reflect", device)
     folder = Path(arguments.output_dir or run / f"world_{arguments.episodes}")
     lock = Run(folder)
     contexts = [LiberoContext(task, TEST_SEED + i) for task in task_ids for i in range(arguments.episodes)]
@@ -291,7 +252,7 @@ def measure_world(arguments, run, trained, suite, task_ids, policy, world, refle
 @dataclass
 class Arguments:
     """Evaluate the policies of runs on true LIBERO, or (--world) how far a run's imagination can be believed."""
-    checkpoint: tuple[str, ...] = ()  # run folders that train.py made; two are compared pairwise, several are seeds
+    checkpoint: tuple[str, ...] = ()  # run folders that train.py made; two are compared pairwise, different seeds summed up
     world: str = ""  # the run folder that train.py made: measure its virtual environment, and nothing else
     task: str = ""  # suite to evaluate on, any that the benchmark knows; empty: the one it was trained on
     task_ids: tuple[int, ...] = ()  # tasks of the suite; empty: those it was trained on, or all of another suite
@@ -306,7 +267,6 @@ class Arguments:
     num_procs: int = 0  # simulator processes; 0: one a core
     output_dir: str = ""  # where results go; empty: <run>/eval_<suite>, or <run>/world_<episodes>
     device: str = "auto"  # "auto", "cpu", "cuda"
-    benchmark: bool = False  # print speeds and do nothing else
 
 
 def main(arguments: Arguments):
@@ -343,19 +303,10 @@ def main(arguments: Arguments):
             raise UserError(f"{suite} has no task {task}: --task_ids takes numbers from 0 to {count - 1}")
     num_procs = arguments.num_procs or len(os.sched_getaffinity(0))
     set_autocast(trained[0]["bf16"])
-    if not (arguments.benchmark or arguments.world):
-        return evaluate_runs(arguments, runs, trained, suite, task_ids, num_procs, device)
-    if len(runs) > 1:
-        raise UserError("--benchmark takes one --checkpoint")
-    (run,), (trained,), policies = runs, trained, load_policies(runs[0], device)
-    world = load_model(WorldModel, run / "simulate", device)
-    reflector = load_model(Reflector, run / "reflect", device)
-    if arguments.benchmark:
-        speeds = benchmark(policies, world, reflector, suite, task_ids[0], load_episodes(run / "explore")[:4],
-                           policies["cloned"].config.image_size, num_procs, device)
-        print("\n".join(f"{name:45s} {value:10.2f}" for name, value in speeds.items()))
+    if arguments.checkpoint:
+        evaluate_runs(arguments, runs, trained, suite, task_ids, num_procs, device)
     else:
-        measure_world(arguments, run, trained, suite, task_ids, policies["cloned"], world, reflector, num_procs, device)
+        measure_world(arguments, runs[0], trained[0], suite, task_ids, num_procs, device)
 
 
 def evaluate_runs(arguments, runs, trained, suite, task_ids, num_procs, device):
@@ -369,6 +320,9 @@ def evaluate_runs(arguments, runs, trained, suite, task_ids, num_procs, device):
     output = Path(arguments.output_dir or default)
     rule = StopRule(**trained[0]["evaluate"]["stop"])
     for config in trained[1:]:
+        for key in ("task", "task_ids"):
+            if config[key] != trained[0][key] and not getattr(arguments, key):
+                raise UserError(f"these runs differ in --{key}: say on which to evaluate")
         for section, key in (("evaluate", "stop"), ("policy", "image_size"), ("policy", "chunk_size")):
             if config[section][key] != trained[0][section][key]:
                 raise UserError(f"these runs differ in --{section}.{key}: evaluate each with a command of its own")
@@ -377,6 +331,8 @@ def evaluate_runs(arguments, runs, trained, suite, task_ids, num_procs, device):
         policies = load_policies(run, device, arguments.policy)
         reflector = None
         if arguments.stop != "oracle":
+            if not (run / "reflect").is_dir():
+                raise UserError(f"{run} has no reflector, which self stop asks: add --stop oracle")
             reflector = load_model(Reflector, run / "reflect", device)
         sizes = next(iter(policies.values())).config
         folder = output if len(runs) == 1 else output / name if arguments.output_dir else run / base
@@ -402,7 +358,7 @@ def evaluate_runs(arguments, runs, trained, suite, task_ids, num_procs, device):
                "seed": ", ".join(str(config["seed"]) for config in trained),
                **protocol(suite, task_ids, sizes, rule, arguments.episodes, arguments.max_steps, arguments.stop,
                           arguments.sample, arguments.seed), **summarize(flat, rule, arguments.stop, pairs)}
-    if len(runs) > 1:
+    if len({config["seed"] for config in trained}) == len(runs) > 1:  # not a run and its ablation
         results["over_seeds"] = over_seeds(lines, arguments.stop)
     results |= {"stages": {"evaluate": seconds}, "eval_s": seconds, "eval_ep_s": seconds / sum(map(len, flat.values()))}
     write_json(output / "results.json", results)
@@ -413,4 +369,4 @@ def evaluate_runs(arguments, runs, trained, suite, task_ids, num_procs, device):
 
 if __name__ == "__main__":
     with clear_errors():
-        main(tyro.cli(Arguments))
+        main(tyro.cli(Arguments, use_underscores=True))

@@ -1,6 +1,7 @@
 """A scripted expert for LIBERO: a few skills, chosen by the task's own goal and the simulator's true state.
 
     On, In       grasp -> carry (under a roof: insert) -> (let go) retreat     the object into its region, or onto another
+    On           push                                       what cannot be gripped: a plate
     Open, Close  slide                                      a drawer or a door, at its handle
     Turnon       turn                                       a stove's knob
 
@@ -8,8 +9,7 @@ It knows the true poses of all objects and is otherwise a memoryless policy: no 
 simulator alone decides, so that a memoryless clone can imitate it. Where it grips is read off the simulator's
 collision shapes: any part that fits between the fingers (a whole can, the rim of a bowl, a handle).
 
-Shapes: P points on collision shapes, C candidate grips. Lengths in m, angles in rad.
-Try it:  python demonstrations.py --suite libero_goal --tries 5
+Shapes: P points on collision shapes, C candidate grips. Metres, radians. Try it: python demonstrations.py --task libero_goal
 """
 from __future__ import annotations
 

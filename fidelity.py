@@ -53,28 +53,24 @@ def open_loop(world: WorldModel, reflector: Reflector | None, data: ChunkData, p
     for first in range(0, len(picks), batch):
         here = picks[first:first + batch]
         given = (actions_of or picks)[first:first + batch]
-        length = torch.tensor([min(horizon, len(data.tracks[k].actions) - t) for k, t in here])
-        chunks = [np.take(data.tracks[k].actions, range(t, t + count), axis=0, mode="wrap")
-                  for (k, t), count in zip(given, length.tolist())]
-        T = int(length.max())
-        actions = np.zeros((len(here), T, *chunks[0].shape[1:]), np.float32)
-        states = torch.zeros(len(here), T, 8)
-        for row, rows, going, (k, t) in zip(actions, chunks, states, here):
-            row[:len(rows)] = rows
-            truth = torch.from_numpy(data.tracks[k].states[t + 1:t + 1 + T])
-            going[:len(truth)] = truth
+        lengths = [min(horizon, len(data.tracks[k].actions) - t) for k, t in here]
+        T = max(lengths)
+        actions, states = np.zeros((len(here), T, world.config.chunk_size, 7), np.float32), torch.zeros(len(here), T, 8)
+        for row, ((k, t), (other, start), count) in enumerate(zip(here, given, lengths)):
+            actions[row, :count] = np.take(data.tracks[other].actions, range(start, start + count), axis=0, mode="wrap")
+            states[row, :count] = torch.from_numpy(data.tracks[k].states[t + 1:t + 1 + count])
         config = VirtualEnvConfig(T, StopRule(eta=2.0), shared_noise=False)  # never stops
         env = VirtualEnv(world, reflector, config, len(here), seed=seed + first)
         env.reset(data.starts(here))
         scores = []
-        for t in range(T):
-            env.alive = length.to(env.device) > t
-            scores.append(env.step(torch.from_numpy(actions[:, t]), states[:, t] if true_states else None)[4]["score"])
+        for step in range(T):
+            env.alive = torch.tensor(lengths, device=env.device) > step
+            pose = states[:, step] if true_states else None
+            scores.append(env.step(torch.from_numpy(actions[:, step]), pose)[4]["score"])
         scores = torch.stack(scores, dim=1).cpu().numpy()  # (b, T)
-        for row, T_row in enumerate(length.tolist()):
-            t = here[row][1]
-            yield (env.frames[row, t:t + T_row + 1].cpu().numpy(), env.states[row, t:t + T_row + 1].cpu().numpy(),
-                   scores[row, :T_row])
+        for row, ((_, t), count) in enumerate(zip(here, lengths)):
+            seen = slice(t, t + count + 1)
+            yield env.frames[row, seen].cpu().numpy(), env.states[row, seen].cpu().numpy(), scores[row, :count]
 
 
 def imagine_episodes(world, reflector, episodes, seed=0, true_states=False) -> tuple[list[Episode], list[np.ndarray]]:
@@ -86,7 +82,7 @@ def imagine_episodes(world, reflector, episodes, seed=0, true_states=False) -> t
     imagined, scores = [None] * len(episodes), [None] * len(episodes)
     picks = [(k, data.past[k]) for k in order]
     played = open_loop(world, reflector, data, picks, 10_000, seed=seed, true_states=true_states)
-    for k, (frames, states, scores[k]) in zip(order, played):
+    for k, (frames, states, scores[k]) in tqdm(zip(order, played), "imagine recorded episodes", len(order), leave=False):
         track, past = data.tracks[k], data.past[k]
         actions = track.actions.reshape(-1, 7)
         imagined[k] = replace(episodes[k], images=np.concatenate([track.images[:past], frames]), past=past,
@@ -97,7 +93,7 @@ def imagine_episodes(world, reflector, episodes, seed=0, true_states=False) -> t
 
 def imagined_copies(world, episodes, folder) -> list[Episode]:
     """The pictures that the simulator makes of what truly happened, kept in `folder`: training data of later stages."""
-    if rank() == 0:
+    if rank() == 0 and not (folder / f"{len(episodes) - 1:05d}.npz").exists():  # written last: a killed run has them all
         folder.mkdir(exist_ok=True)
         for number, episode in enumerate(imagine_episodes(world, None, episodes, true_states=True)[0]):
             episode.save(folder / f"{number:05d}.npz")
@@ -331,6 +327,16 @@ def stability(world, reflector, episodes, rule, noises=8) -> dict:
             "not_unanimous": float(((verdicts.mean(0) > 0) & (verdicts.mean(0) < 1)).mean())}
 
 
+def hand_apart(true, imagined, chunks=(1, 3, 5, 10)) -> dict:
+    """Where a policy's hand is in either world: median distance in mm, so many chunks after the same start.
+
+    Pairs of states (T+1, 8). Chunks that no pair has lasted are left out.
+    """
+    apart = {n: [1000 * np.linalg.norm(a[n, :3] - b[n, :3]) for a, b in zip(true, imagined) if min(len(a), len(b)) > n]
+             for n in chunks}
+    return {f"hand_apart_mm_{n}": float(np.median(values)) for n, values in apart.items() if values}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # May reinforcement learning start?
 # ---------------------------------------------------------------------------------------------------------------------
@@ -342,7 +348,7 @@ def check_trust(world: dict, reflector: dict, least_auroc=0.7, least_informed=0.
     succeed by 25 points more often than failures, and lost where 0.72 and less often (RESULTS.md).
     """
     remedy = ("more exploration (--explore.episodes) or training helps; --rl_env none clones what exploration succeeded at "
-              "instead; --trust_world goes on all the same")
+              "instead; --trust_world goes on all the same; evaluate.py --checkpoint measures the clone")
     for view in VIEWS:
         predicted, *rivals = (world[f"psnr_{view}_1_{kind}"] for kind in ("predicted", "still", "shuffled"))
         if predicted <= max(rivals):
@@ -362,16 +368,6 @@ def check_trust(world: dict, reflector: dict, least_auroc=0.7, least_informed=0.
     if imagined / successes - false["count"] / max(1, false["of"]) < least_informed:  # Youden's J; one answer for all has 0
         raise UserError(f"the imagination cannot be trusted: {imagined} of {successes} held-out successes, but "
                         f"{false['count']} of {false['of']} failures are imagined to succeed: {remedy}")
-
-
-def hand_apart(true, imagined, chunks=(1, 3, 5, 10)) -> dict:
-    """Where a policy's hand is in either world: median distance in mm, so many chunks after the same start.
-
-    Pairs of states (T+1, 8). Chunks that no pair has lasted are left out.
-    """
-    apart = {n: [1000 * np.linalg.norm(a[n, :3] - b[n, :3]) for a, b in zip(true, imagined) if min(len(a), len(b)) > n]
-             for n in chunks}
-    return {f"hand_apart_mm_{n}": float(np.median(values)) for n, values in apart.items() if values}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -405,7 +401,7 @@ def measure(world, reflector, policy, test, library, rule, folder, closed_loop) 
     @torch.no_grad()
     def features(frames):
         frames = frames.to(next(policy.parameters()).device)
-        return policy.stem(to_float(frames.flatten(0, 1))).flatten(1).unflatten(0, frames.shape[:2])
+        return policy.stem(to_float(frames.flatten(0, 1))).flatten(1).unflatten(0, frames.shape[:2]).float()
     result["horizon"] = horizon_errors(world, test, HORIZONS, every=4, features=features, library=library)
 
     errors = [np.square(a.chunks(chunk_size).images.astype(np.float32) - b.images).mean() for a, b in zip(test, imagined)]

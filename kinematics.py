@@ -128,8 +128,8 @@ def surroundings(images: Tensor, state: Tensor, next_pose: Tensor, previous_acti
                  cameras: Cameras, normalizer: Normalizer) -> tuple[Tensor, Tensor]:
     """What a grasp depends on, as seen from the hand: pictures (B, 13, H, W), features (B, 14 L + 20).
 
-    images (B, V, 3, H, W) in [-1, 1]; next_pose (B, 8): `state` moved by kinematics. Where the hand is in the
-    room is left out: a grasp here is a grasp there, which makes examples of all.
+    images (B, V, 3, H, W) in [-1, 1]; next_pose (B, 8): `state` moved by kinematics. Where the hand is over
+    the table is left out: a grasp here is a grasp there, which makes examples of all.
     """
     agent, wrist = images[:, 0], images[:, 1]
     warped, seen = warp_wrist(wrist, state, next_pose, cameras.wrist, cameras.plane_z)

@@ -45,8 +45,8 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonal(matrix) -> torch.Tensor:
-    """(M, N) -> the same singular vectors, all singular values between 0.7 and 1.2: five Newton-Schulz iterations of a
-    quintic whose coefficients (Jordan's) lift small values fast."""
+    """(M, N) -> the same singular vectors, singular values (but the smallest) between 0.7 and 1.2: five Newton-Schulz
+    iterations of a quintic whose coefficients (Jordan's) lift small values fast."""
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     wide = wide / (wide.norm() + 1e-7)
     for _ in range(5):

@@ -102,4 +102,4 @@ def main(arguments: Arguments):
 
 if __name__ == "__main__":
     with clear_errors():
-        main(tyro.cli(Arguments))
+        main(tyro.cli(Arguments, use_underscores=True))

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 
@@ -64,17 +65,14 @@ def play(policy, env: LiberoVectorEnv, contexts, folder, source, seed, temperatu
                 log.write(json.dumps(line) + "\n")
                 bar.update()
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the cores are busy with the simulators
-    with tqdm(total=done + len(todo), initial=done, desc=folder.name.removesuffix(".tmp"),
-              unit="episode") as bar, ThreadPoolExecutor(env.num_envs) as pool:
+    with one_thread(), tqdm(total=done + len(todo), initial=done, desc=folder.name.removesuffix(".tmp"),
+                            unit="episode") as bar, ThreadPoolExecutor(env.num_envs) as pool:
         try:
             for served in as_completed([pool.submit(serve, slot) for slot in env.single_slots()]):
                 served.result()
         finally:
             with lock:
                 todo.clear()  # stopped by Ctrl-C or an error: what is being played ends and is kept
-            torch.set_num_threads(threads)
     for others in gather(lines):
         lines |= others
     return [lines[file] for file in files]
@@ -86,17 +84,24 @@ def play_groups(policy, env: LiberoVectorEnv, contexts, generator, **noise) -> R
     generator: a list, one for each of `contexts`.
     """
     groups = [list(group) for _, group in groupby(range(len(contexts)), key=lambda i: id(contexts[i]))]
-    slots, threads = env.single_slots(), torch.get_num_threads()
+    slots = env.single_slots()
 
     def serve(group):
         slot = slots.pop()
         played = rollout(policy, slot, [contexts[i] for i in group], generator=[generator[i] for i in group], **noise)
         slots.append(slot)  # its thread takes it again, and with it a simulator that may have the next group's task
         return played
-    torch.set_num_threads(1)  # the cores are busy with the simulators
+    with one_thread(), ThreadPoolExecutor(len(slots)) as pool:
+        return together(list(pool.map(serve, groups)))
+
+
+@contextmanager
+def one_thread():
+    """PyTorch computes with one thread inside: the cores are busy with the simulators."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(len(slots)) as pool:
-            return together(list(pool.map(serve, groups)))
+        yield
     finally:
         torch.set_num_threads(threads)
 
@@ -111,10 +116,10 @@ def next_episode(todo, playing, slot):
 
 
 def control_steps(run, config) -> dict[str, dict[str, int]]:
-    """{stage: {"true": control steps that a finished run's stage took, "imagined": those that RL imagined}}; training on
+    """{stage: {"true": recorded control steps of a finished run's stage, "imagined": those that RL imagined}}; training on
     records takes none, and a refresh has none of the run's that it goes on from."""
     lines = {stage: [line for path in sorted((run.folder / stage).glob(pattern)) for line in read_lines(path)]
-             for stage, pattern in (("explore", "episodes.jsonl"), ("imagine", "check_*/episodes.jsonl"),
+             for stage, pattern in (("explore", "episodes.jsonl"), ("imagine", "validate_*/episodes.jsonl"),
                                     ("evaluate", "*/episodes.jsonl"))}
     newest = max((line["seed"] // 1000 for line in lines["explore"]), default=0)  # every exploration opens a thousand
     lines["explore"] = [line for line in lines["explore"] if line["seed"] // 1000 == newest]

@@ -4,9 +4,9 @@
                                             ▲     ▲
               policy: a_t ~ Laplace(loc, b) ┘     └ env: the virtual world or the true simulator
 
-`improve` is one iteration. Policy and world are only called, never imported: `policy(obs)` returns a
-distribution with `tempered`, `sample`, `log_prob`, `entropy` and `mode`; the world follows gymnasium's vector
-API on action chunks. `rollout` explores and evaluates as well.
+`improve` is one iteration. Policy and world are only called, never imported: `policy(obs)` returns an
+`ActionDistribution` (policy.py); the world follows gymnasium's vector API on action chunks. `rollout` explores and
+evaluates as well.
 
 Departures from Algorithm 1, and what the paper leaves open:
  1. One ratio a control step: summed over the A dimensions (the gripper's left out: policy.py), not over the L steps of a
@@ -49,7 +49,7 @@ from runs import UserError
 @dataclass
 class PPOConfig:
     """Post-training by Algorithm 1."""
-    iterations: int = 100  # iterations of Algorithm 1: imagine, compare, update
+    iterations: int = 20  # iterations of Algorithm 1: imagine, compare, update
     groups: int = 8  # start contexts in an iteration (G)
     group_size: int = 8  # rollouts from the same start context (K); the paper's 8
     epochs: int = 1  # passes over an iteration's rollouts
@@ -66,7 +66,7 @@ class PPOConfig:
     anchor_batch: int = 64  # control steps of the demonstrations, and chunks to hold, in an optimiser step
     max_grad_norm: float = 1.0  # gradient norm above which gradients are scaled down
     temperature: float = 1.5  # multiplies the Laplace scale b, in sampling and in scoring alike
-    chunk_noise: bool = True  # one draw for all steps of a chunk: 7 dimensions to explore, not 56 (the paper's)
+    chunk_noise: bool = True  # one draw for all steps of a chunk: 6 numbers to explore, not 48 (the paper's: False)
     persistence: float = 0.8  # correlation of a chunk's noise with the last one's, so that it adds up; the paper's 0
     explore_chunks: int = 5  # chunks that a rollout explores and learns from, then it is greedy; 0: all (the paper's)
 

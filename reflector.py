@@ -35,7 +35,7 @@ Departures from the paper
    go of. On imagined pictures it could not see that, and paid for empty hands (ABLATIONS.md).
 A policy can cheat a reward model where it stops falsely, so `reflector_metrics` reports `false_stop_rate`.
 
-Shapes: B trajectories, T time in chunks, K = 8 newest frames, V views, C,H,W image, N prefixes out of B*T, D width,
+Shapes: B trajectories, T time in chunks, K = 8 newest frames, V views, C,H,W image, N frames to judge, D width,
 E episodes.
 
 Try it:  python -m pytest tests/test_reflector.py
@@ -68,7 +68,6 @@ class ReflectorConfig:
     channels: int = 48  # convolution channels at 16x16; twice as many at 8x8
     width: int = 128  # D, the length of h_t and of a word vector
     vocabulary: int = 4096  # hash buckets for words; bucket 0 means "no word"
-    positive_weight: float = 1.0  # weight of a success frame in the loss; lower it for fewer false stops
     fingers: bool = True  # tell it how far the fingers were apart lately (the paper's: False)
     dropout: float = 0.3  # of h_t in training
     shift: int = 4  # augmentation: random shift of a view by up to this many pixels
@@ -186,15 +185,11 @@ class Reflector(nn.Module):
 
         -> logits (B, T); logit t looks at frames 0, t-1 and t only.
         """
-        everywhere = torch.ones(frames.shape[:2], dtype=torch.bool, device=frames.device)
-        return self.logits(frames, instruction, everywhere, fingers).view(frames.shape[:2])
-
-    def logits(self, frames: Tensor, instruction: list[str], where: Tensor, fingers: Tensor) -> Tensor:
-        """As `forward`, but only for the N prefixes that end where `where` (B, T) is True -> (N,)."""
         first = frames[:, :1].expand_as(frames)
         previous = torch.cat([frames[:, :1], frames[:, :-1]], dim=1)
-        texts = [instruction[b] for b in where.nonzero()[:, 0].tolist()]  # N
-        return self.judge(first[where], previous[where], frames[where], texts, fingers[where])
+        texts = [text for text in instruction for _ in range(frames.shape[1])]
+        rows = (values.flatten(0, 1) for values in (first, previous, frames))  # N = B*T
+        return self.judge(*rows, texts, fingers.flatten(0, 1)).view(frames.shape[:2])
 
     def judge(self, first: Tensor, previous: Tensor, current: Tensor, instruction: list[str],
               fingers: Tensor) -> Tensor:
@@ -241,16 +236,14 @@ def augment(frames: Tensor, config: ReflectorConfig, generator: torch.Generator)
 
 
 def reflector_loss(model: Reflector, batch: dict, generator: torch.Generator, rows=slice(None)) -> tuple[Tensor, dict]:
-    """Binary cross-entropy, the mean over the N valid frames of `rows`; the others cost nothing.
+    """Binary cross-entropy, the mean over `rows`.
 
-    batch: frames uint8 (B, T, V, 3, H, W), instruction (B texts), labels (B, T) in {0, 1}, valid bool (B, T), and
-    fingers (B, T, K).
+    batch: frames uint8 (N, 3, V, 3, H, W), first, previous and current; instruction (N texts), labels (N,) in {0, 1}, and
+    fingers (N, K).
     """
-    frames, valid = augment(batch["frames"], model.config, generator)[rows], batch["valid"][rows]
-    logits = model.logits(frames, batch["instruction"][rows], valid, batch["fingers"][rows])  # (N,)
-    labels = batch["labels"][rows][valid].float()  # (N,)
-    weight = torch.where(labels > 0.5, model.config.positive_weight, 1.0)
-    loss = F.binary_cross_entropy_with_logits(logits, labels, weight)
+    frames, labels = augment(batch["frames"], model.config, generator)[rows], batch["labels"][rows]
+    logits = model.judge(*frames.unbind(1), batch["instruction"][rows], batch["fingers"][rows])  # (N,)
+    loss = F.binary_cross_entropy_with_logits(logits, labels)
     accuracy = ((logits > 0) == (labels > 0.5)).float().mean()
     return loss, {"loss": loss.item(), "accuracy": accuracy.item(), "positives": labels.mean().item()}
 

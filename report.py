@@ -360,7 +360,7 @@ PANELS = [  # title, part in log.jsonl, metrics drawn in it
     ("imagine: approx_kl", "imagine", ["approx_kl"]),
     ("imagine: clipped, idle groups", "imagine", ["clip_frac", "groups_without_advantage"]),
     ("imagine: entropy", "imagine", ["entropy"]),
-    ("both worlds, between iterations", "check", ["true_success", "imagined_success"]),
+    ("validation in both worlds", "validate", ["true_success", "imagined_success"]),
 ]
 
 
@@ -377,7 +377,7 @@ def learning_curves(path, records) -> None:
                 axes.plot(*zip(*points), marker="o" if len(points) < 30 else "", markersize=3, label=name)
         if axes.lines:
             axes.grid(alpha=0.25)
-            axes.set_xlabel("iteration" if part in ("imagine", "check") else "step", fontsize=9)
+            axes.set_xlabel("iteration" if part in ("imagine", "validate") else "step", fontsize=9)
         else:
             axes.set(xticks=[], yticks=[])
             axes.text(0.5, 0.5, "nothing logged", ha="center", color="gray", transform=axes.transAxes)

@@ -2,8 +2,9 @@
 
 A stage's product is written to `<stage>.tmp/` and renamed to `<stage>/` when it is complete, so a killed run goes on
 where it was with the same command. Weights and optimiser state are safetensors, everything else is JSON: nothing is
-ever unpickled. Of several processes, rank 0 alone writes. All randomness of a training step comes from one generator
-seeded by (seed, step), dropout's too, so a checkpoint needs no random state and a resumed run equals a straight one.
+ever unpickled. Of several processes, rank 0 alone writes, episodes apart. All randomness of a training step comes from
+one generator seeded by (seed, step), dropout's too, so a checkpoint needs no random state and a resumed run equals a
+straight one.
 """
 from __future__ import annotations
 
@@ -42,14 +43,14 @@ def clear_errors():
     except UserError as error:
         sys.exit(_say(error))
     except KeyboardInterrupt:
-        sys.exit(_say("stopped; the same command goes on from the last checkpoint", code=130))
+        sys.exit(_say("stopped; the same command goes on from what is kept", code=130))
     except torch.OutOfMemoryError as error:
         sys.exit(_say(f"{str(error).split('. ')[0]}: raise --clone.accumulate (or another stage's) or lower "
                       "--ppo.microbatch and --ppo.groups, then run the same command"))
     except (OSError, SafetensorError) as error:  # safetensors tells no number: of what it writes, the disk is full
         if getattr(error, "errno", errno.ENOSPC) not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
-        sys.exit(_say(f"{error}: free space or choose another --output_dir, then run the same command"))
+        sys.exit(_say(f"{error}: free space or choose an --output_dir that you may write to, then run the same command"))
     except RuntimeError:
         if distributed.first_to_fail():
             raise
@@ -88,7 +89,7 @@ def read_json(path) -> dict:
     try:
         return json.loads(Path(path).read_text())
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path} does not exist: is this the folder of a finished stage?") from None
+        raise UserError(f"{path} does not exist: is the path right, and was that run or stage finished?") from None
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise UserError(f"{path} is not readable JSON (truncated?): delete its folder and run the same command") from None
 
@@ -104,7 +105,7 @@ def _read_tensors(path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist: is this the folder of a finished stage?") from None
+        raise UserError(f"{path} does not exist: is the path right, and was that run or stage finished?") from None
     except SafetensorError:
         raise UserError(f"{path} is not a whole safetensors file (truncated?): delete its folder and run the same "
                         "command") from None

@@ -4,7 +4,7 @@
     5 demos/task   policy   episodes   world       reward,    RLOO+PPO   true LIBERO,
                             + failures simulator   stop       (Alg. 1)   before and after
 
-Every stage reads what earlier stages left under runs/<task>/ and leaves its own folder there. A finished stage is
+Every stage reads what earlier stages left under runs/libero_object/ and leaves its own folder there. A finished stage is
 skipped; a killed run goes on where it was with the same command. To redo a stage, delete its folder and those after it.
 
     python train.py --task libero_object                                   # everything, 85 minutes on two slow cores
@@ -47,25 +47,21 @@ from starts import LiberoContext, short_tries, start_frames, true_starts
 from virtual_env import VirtualEnv
 from world_model import WorldModel, grasp_loss, world_model_loss
 
-CHECK_SEED = 20_000_000  # placements of `check`
+VALIDATION_SEED = 20_000_000  # placements of `validate`
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The loop
-# ---------------------------------------------------------------------------------------------------------------------
 def train(config: TrainConfig):
     """Run the chosen stages in the method's order and print the report."""
     suite = load_suite(config.task)
     config = replace(config, task_ids=tuple(config.task_ids) or tuple(range(suite.n_tasks)),
                      num_procs=max(1, (config.num_procs or len(os.sched_getaffinity(0))) // world_size()))
-    wrong = [task for task in config.task_ids if not 0 <= task < suite.n_tasks]
-    if wrong:
-        raise UserError(f"{config.task} has no task {wrong[0]}: --task_ids takes numbers from 0 to {suite.n_tasks - 1}")
+    if not set(config.task_ids) <= set(range(suite.n_tasks)):
+        raise UserError(f"{config.task} has no such task: --task_ids takes numbers from 0 to {suite.n_tasks - 1}")
     if config.policy.backbone and not (config.ppo.lora_rank or config.policy.lora_rank):
         raise UserError("billions of parameters are post-trained by LoRA: add --ppo.lora_rank 32 to --policy.backbone")
     if config.init_world:
         find_model(config.init_world, "--init_world ")
-    device, run = pick_device(config.device), Run(config.output_dir or Path("runs") / config.task)
+    device, run = pick_device(config.device), Run(config.output_dir)
     settings = {name: stage_settings(config, name) for name in STAGES}
     done = {name: run.done(name, settings[name]) for name in STAGES}
     write_json(run.folder / "config.json", asdict(config))  # not before all settings are found to be the run's
@@ -86,7 +82,7 @@ def train(config: TrainConfig):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 1 demonstrate
+# 1 demonstrate, 2 clone, 3 explore
 # ---------------------------------------------------------------------------------------------------------------------
 def demonstrate(config, run, folder, device):
     """Five demonstrations a task, from the scripted expert or from the user's files, and where the cameras are."""
@@ -114,9 +110,6 @@ def demonstrate(config, run, folder, device):
     write_json(folder / "cameras.json", suite_cameras(config.task, config.seed).to_dict())
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2 clone, 3 explore
-# ---------------------------------------------------------------------------------------------------------------------
 def clone(config, run, folder, device):
     """Supervised training of the policy and its Laplace scale head on the demonstrations.
 
@@ -141,6 +134,8 @@ def keep(stage, config, folder):
     source = Path(config.refresh) / stage
     if not source.is_dir():
         raise UserError(f"{source} is missing: --refresh takes a finished run folder")
+    if stage == "explore" and read_json(source / "settings.json")["explore"]["held_out"] < config.explore.held_out:
+        raise UserError(f"{source} has a lower --explore.held_out: what was learned from there cannot be held out here")
     if stage != "explore":  # what is taken must be what this command says
         free = {name: read_json(source / "settings.json")[name] for name in ("refresh", "seed")}
         check_settings(source, stage_settings(config, stage) | free, remedy="say the same, or --refresh another run")
@@ -172,7 +167,8 @@ def fit_clone(name, policy, episodes, config, run, folder, device):
 def explore(config, run, folder, device):
     """The cloned policy acts in the true simulator with a ~ Laplace(loc, b * temperature); then, with RL's noise, for near
     misses, more grasps and releases without the rest of an episode. Everything is kept."""
-    policy, first, heat = first_policy(config, run, device), 100_000 * (config.seed + 1), config.explore.temperatures
+    policy = first_policy(config, run, device)
+    first, heat = 100_000 * (config.seed + 1), config.explore.temperatures
     if config.refresh:  # its episodes are kept; the new ones open another thousand
         if not gather((folder / "episodes.jsonl").exists())[0]:  # rank 0 decides: it copies
             keep("explore", config, folder)
@@ -264,10 +260,12 @@ def reflect(config, run, folder, device):
     labels = torch.cat([torch.from_numpy(episode.chunks(L).success).float() for episode in everything])
     calibrate(reflector, torch.cat(frame_logits(reflector, everything, L)).cpu(), labels)
     reflector.save_pretrained(folder)
-    scores, rule = {name: frame_scores(reflector, episodes, L) for name, episodes in worlds.items()}, config.virtual.stop
-    write_json(folder / "held_out.json", {
-        name: reflector_quality(reflector, episodes, L, rule, scores[name]) |
-        {"outcome": outcome_agreement(scores[name], held_out, rule)} for name, episodes in worlds.items()})
+    quality, rule = {}, config.virtual.stop
+    for name, episodes in worlds.items():
+        scores = frame_scores(reflector, episodes, L)
+        quality[name] = reflector_quality(reflector, episodes, L, rule, scores)
+        quality[name]["outcome"] = outcome_agreement([values[1:] for values in scores], held_out, rule)
+    write_json(folder / "held_out.json", quality)
 
 
 def load_world(config, run, device):
@@ -305,46 +303,48 @@ def imagine(config, run, folder, device):
     if config.policy.backbone:
         check_training(policy, config.ppo.microbatch, config.ppo.lora_rank, device, "--ppo.microbatch", held=True)
     optimizer = make_optimizer(policy, config.ppo)
-    reference = reference_of(policy)
+    reference = reference_of(policy) if config.ppo.hold else None
     first = load_resume(folder, policy, optimizer)
 
-    def look(iteration):
-        kept = folder / f"check_{iteration:04d}"
-        run.log("check", iteration, check(config, run, policy, kept, device))
+    def validated(iteration):
+        kept = folder / f"validate_{iteration:04d}"
+        run.log("validate", iteration, validate(config, run, policy, kept, device))
         save_resume(kept, iteration, policy, optimizer)
     env, draw = virtual_world(config, run, device) if config.rl_env == "virtual" else true_world(config, run, device)
     data = CloneData(demonstrations(run), policy.normalizer, config.policy.chunk_size, device)
     anchor = partial(anchor_loss, data=data, size=config.ppo.anchor_batch, microbatch=config.ppo.microbatch)
     with closing(env):
-        if config.check.every and not first:
-            look(0)
+        if config.validate.every and not first:
+            validated(0)
         for iteration in tqdm(range(first, config.ppo.iterations), initial=first, total=config.ppo.iterations,
                               desc="imagine", unit="iteration"):
             if config.rl_env == "virtual":
                 env.reset_noise(iteration)
             metrics = improve(policy, optimizer, env, draw, config.ppo, step_generator(config.seed, iteration), anchor,
                               reference, rollout if config.rl_env == "virtual" else play_groups)
-            run.log("imagine", iteration + 1, metrics)
-            if config.check.every and ((iteration + 1) % config.check.every == 0 or iteration + 1 == config.ppo.iterations):
-                look(iteration + 1)
-            save_resume(folder, iteration + 1, policy, optimizer)
+            done, every = iteration + 1, config.validate.every
+            run.log("imagine", done, metrics)
+            if every and (done % every == 0 or done == config.ppo.iterations):
+                validated(done)
+            save_resume(folder, done, policy, optimizer)
     barrier()
-    looks = {step: record["true_success"] for (part, step), record in read_log(run.folder).items()
-             if part == "check" and (folder / f"check_{step:04d}" / "resume.safetensors").exists()}
-    if looks:
-        best = max(looks, key=lambda step: (looks[step], -step))
-        load_resume(folder / f"check_{best:04d}", policy, optimizer)
-        print(f"imagine: the policy of iteration {best} is kept; true success by iteration: {looks}")
+    success = {step: record["true_success"] for (part, step), record in read_log(run.folder).items()
+             if part == "validate" and (folder / f"validate_{step:04d}" / "resume.safetensors").exists()}
+    if success:
+        best = max(success, key=lambda step: (success[step], -step))
+        load_resume(folder / f"validate_{best:04d}", policy, optimizer)
+        print(f"imagine: the policy of iteration {best} is kept; true success by iteration: {success}")
     if not config.policy.backbone:  # a pretrained policy's changes stay apart from its gigabytes
         merge_lora(policy)
     policy.save_pretrained(folder)
 
 
-def check(config, run, policy, folder, device) -> dict:
+def validate(config, run, policy, folder, device) -> dict:
     """Success of the greedy policy in both worlds, from the same first frames, and how far apart its hand is in the two."""
-    contexts = [LiberoContext(task, CHECK_SEED + n) for task in config.task_ids for n in range(config.check.episodes)]
+    seeds = range(VALIDATION_SEED, VALIDATION_SEED + config.validate.episodes)
+    contexts = [LiberoContext(task, seed) for task in config.task_ids for seed in seeds]
     with closing(true_env(config, device)) as env:
-        lines = play(policy, env, contexts, folder, "check", config.seed)
+        lines = play(policy, env, contexts, folder, "validate", config.seed)
     data = ChunkData(load_episodes(folder), config.policy.chunk_size, device)
     stopped, states = imagine_policy(policy, *load_world(config, run, device), data.first_starts(),
                                      env.max_steps // env.chunk_size, config.virtual)

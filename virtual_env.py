@@ -63,7 +63,7 @@ class VirtualEnv(gym.vector.VectorEnv):
         self.states = torch.zeros(*history, 8, device=self.device)
         self.scores = np.zeros((num_envs, config.stop.confirm), np.float32)  # the reflector's last ones
         self.previous_actions = torch.zeros(num_envs, L, 7, device=self.device)
-        self.begin, self.time = torch.zeros(2, num_envs, dtype=torch.long, device=self.device)  # first imagined, last frame
+        self.begin, self.time = torch.zeros(2, num_envs, dtype=torch.long, device=self.device)  # start, last
         self.alive = torch.zeros(num_envs, dtype=torch.bool, device=self.device)
         self.quantile = torch.zeros(num_envs, device=self.device)  # of the fingers' opening; 1 - quantile: of the lift
         self.task, self.instruction = torch.zeros(num_envs, dtype=torch.long, device=self.device), [""] * num_envs

@@ -6,7 +6,8 @@ will hold; the pictures come from a diffusion model that is given the geometry a
     sources   what a next picture may be copied from, pixel by pixel. Agent view: the last frame (its base), older ones, and
               the last one and the grip moved as the hand moves. Wrist: the last frame warped over the table to the hand's
               next pose (its base; where that shows nothing, the first agent view warped there) or as if all lay 5 or
-              10 cm higher, older ones warped, and the last one and the grip as they are: what is held stands still
+              10 cm higher, older ones warped, the first and last agent view warped there, and the last wrist frame and
+              the grip as they are: what is held stands still
     residual  (next frame - base) / residual_std: this is what is diffused, so sigma_data = 1
 
     noisy residual -- c_in --+   pixel      U-Net       +-> choice of a source -+
@@ -53,11 +54,11 @@ SIGMA_DATA = 1.0  # standard deviation of what is diffused: residual_std sees to
 
 @dataclass
 class WorldModelConfig:
-    """The world simulator, as the preset medium has it; small has narrower channels."""
+    """The world simulator."""
     image_size: int = 64  # height and width of a picture
     chunk_size: int = 8  # actions in a chunk (L)
     patch: int = 2  # pixel-unshuffle: the U-Net's grid is image_size / patch wide
-    channels: tuple[int, ...] = (48, 96, 144)  # width of every U-Net level; each level halves the grid
+    channels: tuple[int, ...] = (32, 64, 96)  # width of every U-Net level; each level halves the grid
     layers: int = 1  # residual blocks a level
     attention: bool = True  # self-attention at the coarsest level
     encoders: tuple[str, ...] = ()  # picture encoders to attend to: `ours`, or vision models of Hugging Face
@@ -329,5 +330,6 @@ def grasp_loss(model: WorldModel, batch: dict, generator: torch.Generator, rows=
     fingers, lift = (F.cross_entropy(logits[:, i], target[:, i]) for i in range(2))
     off = (places.gather(2, target[:, :, None])[:, :, 0] - place).abs().mean()
     right = (logits[:, 0].argmax(dim=1) == target[:, 0]).float().mean()
-    metrics = {"loss": fingers, "loss_lift": lift, "place": off, "accuracy": right}
-    return fingers + lift + off, {name: value.item() for name, value in metrics.items()}
+    loss = fingers + lift + off
+    metrics = {"loss": loss, "loss_fingers": fingers, "loss_lift": lift, "place": off, "accuracy": right}
+    return loss, {name: value.item() for name, value in metrics.items()}

@@ -14,7 +14,8 @@ from world_model import WorldModel, world_model_loss
 def test_a_flag_beside_a_preset_wins():
     assert config.parse(["--preset", "tiny", "--clone.steps", "7"]).clone.steps == 7
     assert config.parse(["--clone.steps", "7", "--preset=tiny"]).num_demos == config.tiny().num_demos != 5
-    assert config.parse([]) == config.TrainConfig()
+    assert config.parse([]) == config.TrainConfig(output_dir="runs/libero_object")
+    assert config.parse(["--preset", "tiny"]).output_dir == "runs/libero_object_tiny", "tiny is tried in a folder of its own"
 
 
 @pytest.mark.parametrize("flag", ["--policy.image_size=128", "--world_model.chunk_size=4"])
@@ -31,7 +32,8 @@ def test_nothing_to_test_on_is_one_clear_line(flags):
 
 
 @pytest.mark.parametrize("flag, least", [
-    ("num_demos", 1), ("check.episodes", 1), ("ppo.microbatch", 1), ("ppo.group_size", 2), ("virtual.stop.confirm", 1),
+    ("num_demos", 1), ("validate.episodes", 1), ("validate.every", 0), ("ppo.microbatch", 1), ("ppo.group_size", 2),
+    ("virtual.horizon", 1), ("virtual.stop.confirm", 1),
     ("reflect.batch_size", 2), ("clone.batch_size", 1), ("clone.accumulate", 1), ("simulate.save_every", 1)])
 def test_too_little_of_something_is_one_clear_line(flag, least):
     assert config.parse([f"--{flag}", str(least)])
@@ -49,8 +51,8 @@ def test_seeds_tasks_and_sizes_that_would_fail_later_are_one_clear_line(flags, w
 
 def test_the_highest_seed_explores_nothing_that_validation_or_tests_play():
     from evaluate import TEST_SEED
-    from train import CHECK_SEED
-    assert 100_000 * (config.parse(["--seed", "198"]).seed + 1) + 100_000 <= min(CHECK_SEED, TEST_SEED)
+    from train import VALIDATION_SEED
+    assert 100_000 * (config.parse(["--seed", "198"]).seed + 1) + 100_000 <= min(VALIDATION_SEED, TEST_SEED)
 
 
 def test_a_stage_is_made_anew_where_what_it_was_measured_with_changes():

@@ -73,10 +73,12 @@ def test_official_file_is_read_upright_and_each_frame_meets_the_action_that_foll
     assert first.success.tolist() == [False] * 10 + [True] * 10
 
 
-def test_steps_that_command_nothing_are_dropped_but_a_new_gripper_command_is_kept(tmp_path):
+def test_steps_that_command_nothing_are_dropped_but_for_a_new_gripper_command_and_fingers_that_still_move(tmp_path):
     actions, states, _ = write_official(tmp_path / "a.hdf5")
-    actions[[5, 6, 10, 11], :6] = 0  # the gripper's command changes at 10
+    actions[[5, 6, 10, 11, 12], :6] = 0  # the gripper's command changes at 10
+    states[:, 6:] = 0.04 - 0.01 * (np.arange(20) >= 12)[:, None]  # action 12 sees frame 11 and leads to frame 12
     edit(tmp_path / "a.hdf5", lambda data: replace(data["demo_2"], "actions", actions))
+    edit(tmp_path / "a.hdf5", lambda data: replace(data["demo_2"], "obs/gripper_states", states[:, 6:]))
     episode, = demonstrations.read_demonstrations(tmp_path / "a.hdf5", task_id=0, limit=1)
     kept = [t for t in range(1, 20) if t not in (5, 6, 11)]
     assert np.allclose(episode.actions, actions[kept])

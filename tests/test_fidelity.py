@@ -7,9 +7,10 @@ import torch
 from scipy.ndimage import uniform_filter
 
 import evaluate
+import fidelity
 from episodes import ChunkData, Episode
 from fidelity import (GripperProbe, agreement, check_trust, gripper_pixels, hand_apart, horizon_errors, imagine_episodes,
-                      open_loop, outcome_agreement, reflector_quality, ssim, stability, violations)
+                      imagined_copies, open_loop, outcome_agreement, reflector_quality, ssim, stability, violations)
 from geometry import Camera, Cameras
 from reflector import StopRule
 from runs import UserError
@@ -66,6 +67,15 @@ def episode(moves, task=0, start=50):
 
 
 EPISODES = [episode([1, 2, 3]), episode([1, 1, 1, 1, 1, 1]), episode([2, 0, -2, 1]), episode([0, 3])]
+
+
+def test_copies_that_a_killed_run_has_imagined_are_not_imagined_again(tmp_path, monkeypatch):
+    first = imagined_copies(Mover(), EPISODES, tmp_path)
+    monkeypatch.setattr(fidelity, "imagine_episodes", lambda *_, **__: pytest.fail("again"))
+    assert all(np.array_equal(a.images, b.images) for a, b in zip(first, imagined_copies(Mover(), EPISODES, tmp_path)))
+    (tmp_path / "00003.npz").unlink()
+    with pytest.raises(pytest.fail.Exception, match="again"):
+        imagined_copies(Mover(), EPISODES, tmp_path)
 
 
 def test_a_perfect_world_has_no_error_whatever_the_lengths_and_other_actions_are_punished():

@@ -27,8 +27,15 @@ def clips(count=8, seed=0, T=5, size=32):
         frames[i, done:, :, :, 12:20, slice(4, 12) if left else slice(20, 28)] = 255
         labels[i, done:] = float(left == (texts[i] == MILK))
     fingers = torch.from_numpy(rng.random((count, T, 8), dtype=np.float32) * 0.08)
-    return {"frames": torch.from_numpy(frames), "instruction": texts, "labels": torch.from_numpy(labels), "fingers": fingers,
-            "valid": torch.ones(count, T, dtype=torch.bool)}
+    return {"frames": torch.from_numpy(frames), "instruction": texts, "labels": torch.from_numpy(labels), "fingers": fingers}
+
+
+def rows(batch):
+    """Every frame of the clips as `ChunkData.frame_batch` has it: first, previous and current."""
+    frames, T = batch["frames"], batch["frames"].shape[1]
+    seen = [torch.stack([clip[0], clip[max(t - 1, 0)], clip[t]]) for clip in frames for t in range(T)]
+    return {"frames": torch.stack(seen), "instruction": [text for text in batch["instruction"] for _ in range(T)],
+            "labels": batch["labels"].flatten(), "fingers": batch["fingers"].flatten(0, 1)}
 
 
 def test_overfits_eight_clips_whose_success_depends_on_the_instruction():
@@ -36,13 +43,13 @@ def test_overfits_eight_clips_whose_success_depends_on_the_instruction():
     assert 0 < batch["labels"].mean() < 1
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     for step in range(130):
-        loss, metrics = reflector_loss(model, batch, torch.Generator().manual_seed(step))
+        loss, metrics = reflector_loss(model, rows(batch), torch.Generator().manual_seed(step))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert metrics["loss"] < 0.05 and metrics["accuracy"] == 1
     scores = torch.sigmoid(model(batch["frames"], batch["instruction"], batch["fingers"])).detach().numpy()
-    assert reflector_metrics(scores, batch["labels"].numpy(), batch["valid"].numpy(), StopRule())["auroc"] == 1
+    assert reflector_metrics(scores, batch["labels"].numpy(), np.ones((8, 5)), StopRule())["auroc"] == 1
     swapped = [MILK if text == SOUP else SOUP for text in batch["instruction"]]
     assert (model(batch["frames"], swapped, batch["fingers"]) - model(batch["frames"], batch["instruction"], batch["fingers"])).abs().max() > 1
 
@@ -86,27 +93,12 @@ def test_score_is_the_sigmoid_of_forward():
         assert score.shape == (3,) and not score.requires_grad
 
 
-def test_frames_beyond_valid_change_neither_loss_nor_gradient():
-    model, batch = tiny(), clips()
-    batch["valid"][:4, 3:] = False
-    results = []
-    for garbage in (0, 255):
-        batch["frames"][:4, 3:], batch["labels"][:4, 3:] = garbage, garbage / 255
-        loss, metrics = reflector_loss(model, batch, torch.Generator().manual_seed(1))
-        model.zero_grad()
-        loss.backward()
-        results.append((metrics, torch.cat([p.grad.flatten() for p in model.parameters()])))
-    assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
-    batch["frames"][:4, 2] = 255  # the last valid frame counts
-    assert reflector_loss(model, batch, torch.Generator().manual_seed(1))[1]["loss"] != results[1][0]["loss"]
-
-
-def test_loss_is_weighted_binary_cross_entropy():
+def test_loss_is_binary_cross_entropy_of_the_frames_that_forward_judges():
     batch = clips()
     logits = tiny()(batch["frames"], batch["instruction"], batch["fingers"]).detach()
     labels = batch["labels"]
-    by_hand = -(3 * labels * torch.sigmoid(logits).log() + (1 - labels) * torch.sigmoid(-logits).log()).mean()
-    loss, _ = reflector_loss(tiny(positive_weight=3.0, shift=0, brightness=0.0), batch, torch.Generator())
+    by_hand = -(labels * torch.sigmoid(logits).log() + (1 - labels) * torch.sigmoid(-logits).log()).mean()
+    loss, _ = reflector_loss(tiny(shift=0, brightness=0.0), rows(batch), torch.Generator())
     torch.testing.assert_close(loss, by_hand)
 
 
@@ -195,7 +187,7 @@ def test_any_image_text_model_is_read_frozen_and_only_what_was_trained_is_saved(
     model, batch = tiny(backbone=tiny_vlm(tmp_path / "vlm", kind), dtype="float32"), clips(count=4, T=3)
     frames, texts, fingers = batch["frames"], batch["instruction"], batch["fingers"]
     before = {name: value.clone() for name, value in model.encoder.vlm.model.state_dict().items()}
-    loss, _ = reflector_loss(model, batch, torch.Generator().manual_seed(0))
+    loss, _ = reflector_loss(model, rows(batch), torch.Generator().manual_seed(0))
     loss.backward()
     assert all(p.grad is not None for p in model.parameters())
     assert all(p.grad is None for p in model.encoder.vlm.model.parameters())
@@ -214,12 +206,12 @@ def test_in_training_the_backbone_reads_every_frame_once(tmp_path):
     model, batch, read = tiny(backbone=tiny_vlm(tmp_path, "llava"), dtype="float32"), clips(count=4, T=3), []
     hidden = model.encoder.vlm.hidden
     model.encoder.vlm.hidden = lambda frames, questions: read.append(len(frames)) or hidden(frames, questions)
-    losses = [reflector_loss(model.train(), batch, torch.Generator().manual_seed(step))[0] for step in range(3)]
-    assert read == [batch["valid"].sum()] and losses[0] == losses[1] == losses[2]
+    losses = [reflector_loss(model.train(), rows(batch), torch.Generator().manual_seed(step))[0] for step in range(3)]
+    assert read == [12] and losses[0] == losses[1] == losses[2]
     others = clips(count=4, seed=1, T=3)
     both = {key: torch.cat([value, others[key]]) if torch.is_tensor(value) else value + others[key] for key, value in batch.items()}
-    reflector_loss(model, both, torch.Generator())
-    assert read[1:] == [others["valid"].sum()]
+    reflector_loss(model, rows(both), torch.Generator())
+    assert read[1:] == [12], "of the 24 those that are new"
     model.eval()(batch["frames"], batch["instruction"], batch["fingers"])
     assert read[2:] == [12], "in imagination no frame comes twice, so none is kept"
 
@@ -230,7 +222,7 @@ def test_a_backbone_that_is_none_is_one_clear_line(tmp_path):
 
 
 def test_save_and_load_are_bit_equal_and_a_foreign_folder_is_refused(tmp_path):
-    model, batch = tiny(positive_weight=0.5), clips(count=2)
+    model, batch = tiny(brightness=0.5), clips(count=2)
     model.save_pretrained(tmp_path)
     loaded = Reflector.from_pretrained(tmp_path)
     assert loaded.config == model.config

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import distributed
 import runs
 from policy import Policy
 from reflector import Reflector
@@ -262,3 +263,11 @@ def test_processes_do_not_import_the_script_that_starts_them(tmp_path):
         "    print(os.path.basename(__file__))")))
     process = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert process.stdout.split() == ["imported", "script.py"], process.stderr
+
+
+def test_the_first_process_that_fails_is_heard_at_once(tmp_path):
+    """Not after all that wait in the queue."""
+    slow = [(["sh", "-c", f"sleep 0.2; touch {tmp_path / str(number)}"],) for number in range(20)]
+    with pytest.raises(subprocess.CalledProcessError):
+        distributed.in_processes(subprocess.check_call, [(["false"],), *slow], 1, "call", "call")
+    assert len(list(tmp_path.iterdir())) < 5

@@ -14,6 +14,7 @@ import torch
 import tyro
 from safetensors.torch import load_file
 
+import benchmark
 import evaluate
 import train
 from intervals import wilson_interval
@@ -72,13 +73,13 @@ def test_the_run_leaves_a_report_results_and_pictures(finished):
     assert set(results["paired"]["post_trained - cloned"]["oracle_stop"]) == {"difference", "ci95", "mcnemar_p"}
     assert list(results["stages"]) == ["demonstrate", "clone", "explore", "simulate", "reflect", "imagine", "evaluate"]
     steps = results["control_steps"]
-    looks = [json.loads(line)["steps"] for path in (folder / "imagine").glob("check_*/episodes.jsonl")
+    looks = [json.loads(line)["steps"] for path in (folder / "imagine").glob("validate_*/episodes.jsonl")
              for line in path.read_text().splitlines()]
     assert len(looks) == 2 * 2, "before RL and after, an episode of two tasks each"
-    log = [json.loads(line) for line in (folder / "imagine" / "log.jsonl").read_text().splitlines() if '"check"' in line]
+    log = [json.loads(line) for line in (folder / "imagine" / "log.jsonl").read_text().splitlines() if '"validate"' in line]
     assert [look["step"] for look in log] == [0, 2]
     assert all({"true_success", "imagined_success", "hand_apart_mm_1"} <= set(look) for look in log)
-    seeds = {json.loads(line)["seed"] for line in (folder / "imagine" / "check_0002" / "episodes.jsonl").read_text().splitlines()}
+    seeds = {json.loads(line)["seed"] for line in (folder / "imagine" / "validate_0002" / "episodes.jsonl").read_text().splitlines()}
     assert min(seeds) >= 20_000_000, "the benchmark's states are for evaluation alone"
     assert steps["imagine"] == {"true": sum(looks), "imagined": steps["imagine"]["imagined"]}
     assert 0 < steps["imagine"]["imagined"] <= 2 * 8 * 24
@@ -128,7 +129,7 @@ def test_the_policy_hears_the_benchmarks_words_whatever_a_demonstration_file_say
 
 def test_rl_stopped_after_two_iterations_and_resumed_equals_a_straight_run_of_four(
         finished, tmp_path, monkeypatch, capsys):
-    four = ["train.py", *TINY, "--stages", "imagine", "--ppo.iterations", 4, "--ppo.lora_rank", 2, "--check.every", 0, "--output_dir"]
+    four = ["train.py", *TINY, "--stages", "imagine", "--ppo.iterations", 4, "--ppo.lora_rank", 2, "--validate.every", 0, "--output_dir"]
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
     straight = copy_of(finished, tmp_path / "a", ["imagine", "evaluate"])
     call(*four, straight)
@@ -157,7 +158,7 @@ def test_rl_stopped_after_two_iterations_and_resumed_equals_a_straight_run_of_fo
 def test_rl_runs_in_the_true_simulator_with_the_same_code(finished, gpu, tmp_path):
     folder = copy_of(finished, tmp_path, ["imagine", "evaluate"])
     call("train.py", *ON_GPU, "--stages", "imagine", "--rl_env", "libero", "--ppo.iterations", 1, "--ppo.groups", 1,
-         "--ppo.group_size", 2, "--check.every", 0, "--start.contact", 0, "--start.midway", 1, "--output_dir", folder)
+         "--ppo.group_size", 2, "--validate.every", 0, "--start.contact", 0, "--start.midway", 1, "--output_dir", folder)
     assert (folder / "imagine" / "model.safetensors").exists()
     steps = read_log(folder)["imagine", 1]["control_steps"]
     assert steps > 2 * 3 * 8 and steps % 16 == 0, "two rollouts of three chunks, and what both repeat to come to their start"
@@ -186,7 +187,7 @@ def test_the_rival_clones_the_explored_successes_too(finished, tmp_path):
     assert any(not torch.equal(first[key], again[key]) for key in first), "another success must change what is cloned"
     for iterations in (0, 1):  # RL starts where the rival ends
         shutil.rmtree(folder / "imagine")
-        call(*command[:-4], "--filtered_cloning", "--ppo.iterations", iterations, "--check.every", 0, "--ppo.lr_heads", 1,
+        call(*command[:-4], "--filtered_cloning", "--ppo.iterations", iterations, "--validate.every", 0, "--ppo.lr_heads", 1,
              *command[-2:])
         last = load_file(folder / "imagine" / "model.safetensors")
         assert all(torch.equal(last[key], again[key]) for key in again) == (iterations == 0)
@@ -209,6 +210,8 @@ def test_a_refresh_explores_with_the_last_policy_and_keeps_data_and_weights(fini
     for flags, words in ((["--task", "libero_goal"], "--task libero_object"), (["--policy.width", 32], "--policy.width 64")):
         with pytest.raises(UserError, match=f"{words}, this command says .*: say the same"):
             call("train.py", *TINY, *flags, "--refresh", finished[0], "--output_dir", tmp_path / "r")
+    with pytest.raises(UserError, match="learned from there cannot be held out"):
+        call("train.py", *TINY, "--explore.held_out", 2, "--refresh", finished[0], "--output_dir", tmp_path / "r")
 
 
 def test_a_world_simulator_may_start_from_any_of_ours(finished, tmp_path):
@@ -223,7 +226,7 @@ def test_a_world_simulator_may_start_from_any_of_ours(finished, tmp_path):
 
 
 FEW = ["--clone.steps", 2, "--clone.batch_size", 2, "--ppo.iterations", 1, "--ppo.groups", 1, "--ppo.group_size", 2,
-       "--check.every", 0]
+       "--validate.every", 0]
 
 
 def test_every_stage_runs_on_pretrained_models(finished, gpu, tmp_path):
@@ -256,12 +259,12 @@ def test_the_policy_that_truly_succeeds_most_often_is_kept_and_a_tie_goes_to_the
         seen.append({name: value.clone() for name, value in policy.state_dict().items()})
         return {"true_success": next(rates), "imagined_success": 0.5}
 
-    monkeypatch.setattr(train, "check", look)
+    monkeypatch.setattr(train, "validate", look)
     for every, values, best in ((1, [0.5, 0.7, 0.7, 0.6], 1), (1, [0.8, 0.7, 0.7, 0.8], 0), (2, [0.5, 0.4, 0.6], 2)):
         rates, folder = iter(values), copy_of(finished, tmp_path / f"{best}", ["imagine", "evaluate"])
         seen.clear()
         call("train.py", *TINY, "--stages", "imagine", "--ppo.iterations", 3, "--ppo.lr_backbone", 1e-2,
-             "--check.every", every, "--output_dir", folder)  # the last iteration is looked at, whatever it divides
+             "--validate.every", every, "--output_dir", folder)  # the last iteration is looked at, whatever it divides
         kept = load_file(folder / "imagine" / "model.safetensors")
         assert [all(torch.equal(kept[key], weights[key]) for key in kept) for weights in seen] == [
             i == best for i in range(len(values))]
@@ -309,19 +312,29 @@ def test_the_same_seed_gives_the_same_episodes_whatever_the_number_of_processes(
 
 
 def test_two_checkpoints_are_compared_on_the_same_states(finished, tmp_path, capsys):
-    other = copy_of(finished, tmp_path)
-    call("evaluate.py", "--checkpoint", finished[0], other, "--task_ids", 1, "--episodes", 1, "--stop", "self",
-         "--policy", "cloned", "--max_steps", 64, "--device", "cpu", "--output_dir", tmp_path / "both")
+    other = copy_of(finished, tmp_path, ["reflect"])
+    command = ["evaluate.py", "--checkpoint", finished[0], other, "--task_ids", 1, "--episodes", 1, "--policy", "cloned",
+               "--max_steps", 64, "--device", "cpu", "--output_dir", tmp_path / "both", "--stop"]
+    with pytest.raises(UserError, match="copy has no reflector.*add --stop oracle"):
+        call(*command, "self")
+    shutil.copytree(finished[0] / "reflect", other / "reflect")
+    call(*command, "self")
     results = json.loads((tmp_path / "both" / "results.json").read_text())
     assert results["paired"] == {"copy/cloned - tiny/cloned": results["paired"]["copy/cloned - tiny/cloned"]}
-    assert results["over_seeds"]["cloned"]["self_stop"]["std"] == 0 and "## Over seeds" in capsys.readouterr().out
+    assert "over_seeds" not in results, "one seed twice: a run and its ablation"
     a, b = ((tmp_path / "both" / name / "cloned" / "task01_seed000000.npz").read_bytes() for name in ("tiny", "copy"))
     assert a == b
     config = json.loads((other / "config.json").read_text())
-    config["evaluate"]["stop"]["confirm"] += 1
-    (other / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="differ in --evaluate.stop"):
-        call("evaluate.py", "--checkpoint", finished[0], other, "--device", "cpu")
+    for changed, words in (({"task": "libero_goal"}, "differ in --task"),
+                           ({"evaluate": {"stop": {"eta": 0.5, "confirm": 9}}}, "differ in --evaluate.stop")):
+        (other / "config.json").write_text(json.dumps(config | changed))
+        with pytest.raises(UserError, match=words):
+            call(*command, "self")
+    (other / "config.json").write_text(json.dumps(config | {"seed": 1}))
+    capsys.readouterr()
+    call(*command, "self")
+    results = json.loads((tmp_path / "both" / "results.json").read_text())
+    assert results["over_seeds"]["cloned"]["self_stop"]["std"] == 0 and "## Over seeds" in capsys.readouterr().out
 
 
 def test_world_measures_the_imagination_on_episodes_of_its_own_and_goes_on_where_it_was(finished, gpu):
@@ -347,7 +360,7 @@ def test_world_measures_the_imagination_on_episodes_of_its_own_and_goes_on_where
 
 
 def test_the_benchmark_compares_both_worlds_on_this_machine(finished, gpu, capsys):
-    call("evaluate.py", "--checkpoint", finished[0], "--benchmark", "--device", "pretend")
+    benchmark.main(benchmark.Arguments(str(finished[0]), device="pretend"))
     speed = {name: float(value) for name, value in (line.split() for line in capsys.readouterr().out.strip().split("\n")[-5:])}
     assert all(value > 0 for value in speed.values())
     assert speed["imagined_over_true"] == pytest.approx(speed["imagined_steps_per_s"] / speed["true_steps_per_s"], rel=0.05)
