@@ -204,46 +204,48 @@ def film_some(rows, folder, to, count, world, reflector, eta) -> dict[int, list[
 # The virtual environment, measured
 # ---------------------------------------------------------------------------------------------------------------------
 def measure_world(arguments, run, trained, suite, task_ids, num_procs, device):
-    """Play test episodes in the true simulator, imagine them, write and print what `fidelity.measure` finds.
-
-    Some are taken up again by the greedy policy, in both worlds, from where RL starts: just before their first grasp.
-    """
+    """Play test episodes in the true simulator, imagine them, write and print what `fidelity.measure` finds."""
     policy = load_policies(run, device, "cloned")["cloned"]
     world, reflector = load_model(WorldModel, run / "simulate", device), load_model(Reflector, run / "reflect", device)
     folder = Path(arguments.output_dir or run / f"world_{arguments.episodes}")
     lock = Run(folder)
-    contexts = [LiberoContext(task, TEST_SEED + i) for task in task_ids for i in range(arguments.episodes)]
-    heat = [arguments.temperatures[context.seed % len(arguments.temperatures)] for context in contexts]
-    sizes, explored = policy.config, trained["explore"]
+    explored, hottest, L = trained["explore"], trained["start"]["hottest"], policy.config.chunk_size
     virtual = VirtualEnvConfig(trained["virtual"]["horizon"], StopRule(**trained["virtual"]["stop"]))
-    settings = {"task": suite, "temperatures": arguments.temperatures, "max_steps": arguments.max_steps,
-                "virtual": asdict(virtual), "hottest": trained["start"]["hottest"], "weights": fingerprint(policy),
-                "versions": versions()}
-    check_settings(folder, settings, keep=True, remedy=REMEDY)
-    limit = step_limit(suite, arguments.max_steps, sizes.chunk_size)
-    env = LiberoVectorEnv(suite, num_procs, sizes.image_size, sizes.chunk_size, limit, linger=explored["linger"],
-                          mesh_cell=explored["mesh_cell"], device=device)
+    check_settings(folder, {"task": suite, "temperatures": arguments.temperatures, "max_steps": arguments.max_steps,
+                            "virtual": asdict(virtual), "hottest": hottest, "weights": fingerprint(policy),
+                            "versions": versions()}, keep=True, remedy=REMEDY)
+    contexts = [LiberoContext(task, TEST_SEED + i) for task in task_ids for i in range(arguments.episodes)]
+    temperatures = [arguments.temperatures[context.seed % len(arguments.temperatures)] for context in contexts]
+    env = LiberoVectorEnv(suite, num_procs, policy.config.image_size, L, step_limit(suite, arguments.max_steps, L),
+                          linger=explored["linger"], mesh_cell=explored["mesh_cell"], device=device)
     with closing(env):
-        test = [Episode.load(folder / line["file"])
-                for line in play(policy, env, contexts, folder, "test", TEST_SEED, heat)]
-        mild = [episode for episode in test if episode.temperature <= trained["start"]["hottest"]]
-        data = ChunkData(mild, sizes.chunk_size, device, every_offset=False)
-        pools = [pool for (kind, _), pool in start_pools(data).items() if kind == "contact"]
-        firsts = {k: (k, t) for pool in pools for k, t in reversed(pool)}  # of every episode the first such frame
-        again = true_starts(data, firsts.values(), virtual.horizon * sizes.chunk_size)
-        lines = play(policy, env, again, folder / "closed_loop", "closed loop", TEST_SEED)
+        lines = play(policy, env, contexts, folder, "test", TEST_SEED, temperatures)
+        test = [Episode.load(folder / line["file"]) for line in lines]
+        mild = [episode for episode in test if episode.temperature <= hottest]
+        closed = closed_loop(policy, world, reflector, env, mild, folder / "closed_loop", virtual)
     library = load_episodes(run / "demonstrate" / "episodes") + [episode for episode in load_episodes(run / "explore")
                                                                  if not episode.held_out(explored["held_out"])]
-    stopped, there = imagine_policy(policy, world, reflector, data.starts(list(firsts.values())), virtual.horizon, virtual)
-    went = [Episode.load(folder / "closed_loop" / line["file"]).chunks(sizes.chunk_size).states for line in lines]
-    apart = hand_apart([states[t:] for states, (_, t) in zip(went, firsts.values())], there)
-    closed_loop = stopped, [line["oracle_stop"] for line in lines], apart
-    measured = measure(world, reflector, policy, test, library, virtual.stop, folder, closed_loop)
+    measured = measure(world, reflector, policy, test, library, virtual.stop, folder, closed)
     write_json(folder / "fidelity.json", measured)
     report.fidelity_plots(folder / "fidelity.png", measured)
     text = report.fidelity_report(measured)
     (folder / "fidelity.md").write_text(text)
     print(text + f"\nWritten to {folder}: fidelity.json, fidelity.md, fidelity.png, best.png, median.png, worst.png")
+
+
+def closed_loop(policy, world, reflector, env, episodes, folder, virtual):
+    """The greedy policy goes on, once in each world, from where RL starts: just before the first grasp of an episode.
+
+    -> its successes in imagination, the true ones, and `hand_apart`.
+    """
+    L = env.chunk_size
+    data = ChunkData(episodes, L, env.device, every_offset=False)
+    grasps = [frame for (kind, _), frames in start_pools(data).items() if kind == "contact" for frame in frames]
+    starts = list({k: (k, t) for k, t in reversed(grasps)}.values())  # the first of every episode
+    lines = play(policy, env, true_starts(data, starts, virtual.horizon * L), folder, "closed loop", TEST_SEED)
+    went = [Episode.load(folder / line["file"]).chunks(L).states[t:] for line, (_, t) in zip(lines, starts)]
+    stopped, imagined = imagine_policy(policy, world, reflector, data.starts(starts), virtual.horizon, virtual)
+    return stopped, [line["oracle_stop"] for line in lines], hand_apart(went, imagined)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

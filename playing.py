@@ -52,13 +52,13 @@ def play(policy, env: LiberoVectorEnv, contexts, folder, source, seed, temperatu
             with lock:
                 if not todo:
                     return
-                file, context, heat = episode = next_episode(todo, playing, slot)
+                file, context, temperature = episode = next_episode(todo, playing, slot)
                 todo.remove(episode)
                 playing[slot] = context.task_id
             start = time.time()
             generator = step_generator(seed, 100_000_000 * (context.take + 100 * context.task_id) + context.seed)
-            played = rollout(policy, slot, [context], temperatures is None, heat, generator, **noise)
-            line = save_episode(played, folder / file, context, source, slot, heat if temperatures else 0.0)
+            played = rollout(policy, slot, [context], temperatures is None, temperature, generator, **noise)
+            line = save_episode(played, folder / file, context, source, slot, temperature if temperatures else 0.0)
             with lock, open(path, "a") as log:
                 line["seconds"] = round((time.time() - start) / env.num_envs / world_size(), 3)  # its share of the wall time
                 lines[file] = line

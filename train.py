@@ -47,7 +47,7 @@ from starts import LiberoContext, short_tries, start_frames, true_starts
 from virtual_env import VirtualEnv
 from world_model import WorldModel, grasp_loss, world_model_loss
 
-VALIDATION_SEED = 20_000_000  # placements of `validate`
+VALIDATE_SEED = 20_000_000  # placements of `validate`
 
 
 def train(config: TrainConfig):
@@ -167,8 +167,8 @@ def fit_clone(name, policy, episodes, config, run, folder, device):
 def explore(config, run, folder, device):
     """The cloned policy acts in the true simulator with a ~ Laplace(loc, b * temperature); then, with RL's noise, for near
     misses, more grasps and releases without the rest of an episode. Everything is kept."""
-    policy = first_policy(config, run, device)
-    first, heat = 100_000 * (config.seed + 1), config.explore.temperatures
+    policy, levels = first_policy(config, run, device), config.explore.temperatures
+    first = 100_000 * (config.seed + 1)
     if config.refresh:  # its episodes are kept; the new ones open another thousand
         if not gather((folder / "episodes.jsonl").exists())[0]:  # rank 0 decides: it copies
             keep("explore", config, folder)
@@ -176,11 +176,12 @@ def explore(config, run, folder, device):
         first = 1000 * (1 + max(line["seed"] for line in before) // 1000)
     contexts = [LiberoContext(task, first + number) for task in config.task_ids for number in range(config.explore.episodes)]
     with closing(true_env(config, device, config.explore.linger)) as env:
-        heats = [heat[x.seed % 1000 % len(heat)] for x in contexts]
-        lines = play(policy, env, contexts, folder, "explore", config.seed, heats)
+        temperatures = [levels[x.seed % 1000 % len(levels)] for x in contexts]
+        lines = play(policy, env, contexts, folder, "explore", config.seed, temperatures)
         tries = short_tries([Episode.load(folder / line["file"]) for line in lines], config)
-        heats = [heat[(x.seed + x.take) % len(heat)] for x in tries]
-        play(policy, env, tries, folder, "try", config.seed, heats, chunk_noise=True, persistence=config.explore.persistence)
+        temperatures = [levels[(x.seed + x.take) % len(levels)] for x in tries]
+        play(policy, env, tries, folder, "try", config.seed, temperatures, chunk_noise=True,
+             persistence=config.explore.persistence)
     print(f"explore: {sum(line['oracle_stop'] for line in lines)} of {len(lines)} episodes succeeded")
 
 
@@ -341,8 +342,7 @@ def imagine(config, run, folder, device):
 
 def validate(config, run, policy, folder, device) -> dict:
     """Success of the greedy policy in both worlds, from the same first frames, and how far apart its hand is in the two."""
-    seeds = range(VALIDATION_SEED, VALIDATION_SEED + config.validate.episodes)
-    contexts = [LiberoContext(task, seed) for task in config.task_ids for seed in seeds]
+    contexts = [LiberoContext(task, VALIDATE_SEED + n) for task in config.task_ids for n in range(config.validate.episodes)]
     with closing(true_env(config, device)) as env:
         lines = play(policy, env, contexts, folder, "validate", config.seed)
     data = ChunkData(load_episodes(folder), config.policy.chunk_size, device)

@@ -51,8 +51,8 @@ def test_seeds_tasks_and_sizes_that_would_fail_later_are_one_clear_line(flags, w
 
 def test_the_highest_seed_explores_nothing_that_validation_or_tests_play():
     from evaluate import TEST_SEED
-    from train import VALIDATION_SEED
-    assert 100_000 * (config.parse(["--seed", "198"]).seed + 1) + 100_000 <= min(VALIDATION_SEED, TEST_SEED)
+    from train import VALIDATE_SEED
+    assert 100_000 * (config.parse(["--seed", "198"]).seed + 1) + 100_000 <= min(VALIDATE_SEED, TEST_SEED)
 
 
 def test_a_stage_is_made_anew_where_what_it_was_measured_with_changes():
