@@ -162,7 +162,7 @@ def read_demonstration(demo, task_id, instruction, image_size) -> Episode:
     frames = [*kept, T - 1]
     return Episode(images=shrink(views[frames, :, ::-1], image_size), states=states[frames],
                    actions=actions[kept], success=success[frames], stride=1, task_id=task_id,
-                   instruction=instruction, source="demo", seed=int(demo.attrs.get("seed", -1)),
+                   instruction=instruction, source="demo", seed=int(demo.attrs.get("seed", demo.name.split("_")[-1])),
                    executed=executed[kept])
 
 

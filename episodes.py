@@ -134,6 +134,11 @@ class Episode:
     executed: np.ndarray | None = None  # (S, 7) what the robot was told where that differs, as under an expert's pushes
     past: int = 0  # of an episode taken up again, the frame where that began: what is before it is remembered, not learned
 
+    @property
+    def scene(self) -> int:
+        """A number of the placement that it was played in; episodes taken up again share their first one's."""
+        return 1_000_000_000 * self.task_id + self.seed
+
     def __post_init__(self):
         self.executed = self.actions if self.executed is None else self.executed
 
@@ -198,6 +203,7 @@ class StartContext:
     previous_actions: np.ndarray  # (L, 7): the chunk that led here, zeros at the start of an episode
     task_id: int
     quantile: float = 0.5  # of the fingers' opening in this rollout, 1 - quantile of the lift; 0.5: the median
+    scene: int = -1  # `Episode.scene`
 
 
 def finger_moments(states) -> dict[str, list[int]]:
@@ -320,7 +326,7 @@ class ChunkData:
         """Frame t + 1 of track k for every (k, t) in `picks`, and what leads to it.
 
         -> memory (B, F, V, 3, H, W) and target (B, V, 3, H, W) uint8, memory_states (B, F, 8), next_state (B, 8),
-        actions (B, L, 7), task (B,)
+        actions (B, L, 7), task and scene (B,)
         """
         memory = [(self.tracks[k], memory_index(torch.tensor([t]), torch.from_numpy(self.tracks[k].states)[None])[0].numpy())
                   for k, t in picks]
@@ -328,7 +334,7 @@ class ChunkData:
         return {"memory": _stack([track.images[frames] for track, frames in memory], self.device),
                 "memory_states": _stack([track.states[frames] for track, frames in memory], self.device),
                 "target": _stack([self.targets[k].images[t + 1] for k, t in picks], self.device),
-                "next_state": next_state, "actions": actions, "task": self.tasks(picks)}
+                "next_state": next_state, "actions": actions, "task": self.tasks(picks), "scene": self.scenes(picks)}
 
     def transitions(self, picks) -> list[torch.Tensor]:
         """State (B, 8), previous and next chunk (B, L, 7), next state (B, 8) at frame t of track k."""
@@ -339,6 +345,10 @@ class ChunkData:
     def tasks(self, picks) -> torch.Tensor:
         """(B,) of every (k, t) in `picks`."""
         return torch.tensor([self.episodes[k].task_id for k, _ in picks], device=self.device)
+
+    def scenes(self, picks) -> torch.Tensor:
+        """(B,) likewise."""
+        return torch.tensor([self.episodes[k].scene for k, _ in picks], device=self.device)
 
     def frame_batch(self, size, generator) -> dict:
         """Frames (first, previous, current) for the reflector.
@@ -360,7 +370,8 @@ class ChunkData:
     def starts(self, picks) -> list[StartContext]:
         """Start contexts at frame t of track k for every (k, t) in `picks`."""
         return [StartContext(self.tracks[k].images[:t + 1], self.tracks[k].states[:t + 1], self.episodes[k].instruction,
-                             self.tracks[k].previous(t), self.episodes[k].task_id) for k, t in picks]
+                             self.tracks[k].previous(t), self.episodes[k].task_id, scene=self.episodes[k].scene)
+                for k, t in picks]
 
     def first_starts(self) -> list[StartContext]:
         """That of the first frame of every track."""

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import distributed
 import report
-from config import STAGES, TrainConfig, parse, stage_settings
+from config import STAGES, VALIDATE_SEED, TrainConfig, parse, stage_settings
 from demonstrations import collect_demonstrations, read_demonstrations, suite_cameras
 from distributed import barrier, gather, in_processes, rank, shard, world_size
 from episodes import ChunkData, CloneData, Episode, Normalizer, StartContext, joined, load_episodes
@@ -45,9 +45,7 @@ from runs import (Run, UserError, check_settings, clear_errors, find_model, fit,
                   read_lines, read_log, save_resume, set_autocast, step_generator, write_json)
 from starts import LiberoContext, short_tries, start_frames, true_starts
 from virtual_env import VirtualEnv
-from world_model import WorldModel, grasp_loss, world_model_loss
-
-VALIDATE_SEED = 20_000_000  # placements of `validate`
+from world_model import Library, WorldModel, grasp_loss, world_model_loss
 
 
 def train(config: TrainConfig):
@@ -217,6 +215,7 @@ def simulate(config, run, folder, device):
     data = ChunkData(recorded, L, device)
     torch.manual_seed(config.seed)
     world = compiled(WorldModel(config.world_model, cameras, normalizer).to(device), config)
+    world.library = Library.of(data, normalizer) if config.world_model.neighbours else None
     if config.refresh or config.init_world:
         load_weights(find_model(config.init_world or Path(config.refresh) / "simulate", "--init_world "), world)
     fit("simulate", world, lambda _, generator: data.world_batch(config.simulate.batch_size, generator),

@@ -66,7 +66,8 @@ class VirtualEnv(gym.vector.VectorEnv):
         self.begin, self.time = torch.zeros(2, num_envs, dtype=torch.long, device=self.device)  # start, last
         self.alive = torch.zeros(num_envs, dtype=torch.bool, device=self.device)
         self.quantile = torch.zeros(num_envs, device=self.device)  # of the fingers' opening; 1 - quantile: of the lift
-        self.task, self.instruction = torch.zeros(num_envs, dtype=torch.long, device=self.device), [""] * num_envs
+        self.task, self.scene = torch.zeros(2, num_envs, dtype=torch.long, device=self.device)
+        self.instruction = [""] * num_envs
         self.generator = torch.Generator()  # on the CPU: the same noise on every device
         self.reset_noise(0)
 
@@ -84,7 +85,8 @@ class VirtualEnv(gym.vector.VectorEnv):
         for i in chosen:
             start, seen = contexts[i], len(contexts[i].images)
             self.frames[i, :seen], self.states[i, :seen] = torch.from_numpy(start.images), torch.from_numpy(start.states)
-            self.previous_actions[i], self.task[i] = torch.from_numpy(start.previous_actions), start.task_id
+            self.previous_actions[i] = torch.from_numpy(start.previous_actions)
+            self.task[i], self.scene[i] = start.task_id, start.scene
             self.begin[i], self.time[i], self.quantile[i] = seen - 1, seen - 1, start.quantile
             self.alive[i], self.scores[i], self.instruction[i] = True, 0.0, start.instruction
         return self.observe(), {}
@@ -128,6 +130,7 @@ class VirtualEnv(gym.vector.VectorEnv):
         if next_state is None:
             next_state = self.model.predict_state(self.frames[slots, time], self.states[slots, time],
                                                   self.previous_actions[slots], actions, self.quantile[slots], task)
-        images = self.model.sample(self.frames[memory], self.states[memory], next_state, actions, noise, task)
+        images = self.model.sample(self.frames[memory], self.states[memory], next_state, actions, noise, task,
+                                   self.scene[slots])
         self.frames[slots, time + 1], self.states[slots, time + 1] = images, next_state
         self.previous_actions[slots], self.time[slots] = actions, time + 1

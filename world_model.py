@@ -7,7 +7,8 @@ will hold; the pictures come from a diffusion model that is given the geometry a
               the last one and the grip moved as the hand moves. Wrist: the last frame warped over the table to the hand's
               next pose (its base; where that shows nothing, the first agent view warped there) or as if all lay 5 or
               10 cm higher, older ones warped, the first and last agent view warped there, and the last wrist frame and
-              the grip as they are: what is held stands still
+              the grip as they are: what is held stands still. Both: what the camera saw in other scenes of the task when
+              the hand was nearest to where it will be (`Library`)
     residual  (next frame - base) / residual_std: this is what is diffused, so sigma_data = 1
 
     noisy residual -- c_in --+   pixel      U-Net       +-> choice of a source -+
@@ -25,7 +26,8 @@ Departures from the paper:
 5. The last part of its training shows it its own pictures of recorded episodes as memory, and the true next one as
    target (`train.simulate`): else they dissolve within five chunks, and no policy finds its way in them.
 6. Pixels may be copied, not only painted (Finn et al. 2016, arXiv 1605.07157): a softmax over the sources. From the grip
-   a thing that is carried is copied once, not from a copy of a copy.
+   a thing that is carried is copied once, not from a copy of a copy; from recorded frames the arm, which dissolved within
+   three chunks otherwise.
 
 Shape letters: B trajectories (b alive), F memory frames, V camera views (0 agent view, 1 wrist), L length of an action
 chunk, C, H, W image, c, h, w what is diffused of one (by default the same), D width of the embedding.
@@ -34,20 +36,23 @@ Try it: python -m pytest tests/test_world_model.py
 """
 from __future__ import annotations
 
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
+from distributed import rank
 from encoders import Injection, Latents
-from episodes import GRIP, Normalizer, to_float, to_uint8
+from episodes import GRIP, ChunkData, Normalizer, to_float, to_uint8
 from geometry import Cameras, action_map, agent_memory, carried, opening, ray_map, turn_between, warp_wrist, wrist_memory
 from kinematics import (STATE_FEATURES, GraspPredictor, PosePredictor, contact_bins, free_air_loss, in_contact, moved,
                         state_features, surroundings)
-from runs import UserError, autocast, load_pretrained, save_model
+from runs import UserError, autocast, find_model, load_pretrained, save_model, whole_file
 
 SIGMA_DATA = 1.0  # standard deviation of what is diffused: residual_std sees to it
 
@@ -64,6 +69,7 @@ class WorldModelConfig:
     encoders: tuple[str, ...] = ()  # picture encoders to attend to: `ours`, or vision models of Hugging Face
     vae: str = ""  # AutoencoderKL of diffusers, a folder or a hub id: diffuse its latents; empty: pixels
     heights: tuple[float, ...] = (0.05, 0.1)  # m above the table: planes over which the last wrist view is warped, too
+    neighbours: int = 3  # recorded frames to copy from, too: those of the task in which the hand was nearest (`Library`)
     plane_view: bool = True  # show the U-Net what the agent view has of the table, as the wrist camera would see it
     ray_maps: bool = False  # show the U-Net the ray of every pixel of both cameras (the paper does)
     hand_height: float = 0.22  # lowest part of the wrist picture, which shows the hand: not warped
@@ -115,6 +121,50 @@ def normal(shape, generator: torch.Generator, device: torch.device) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------
 # The world model
 # ----------------------------------------------------------------------------------------------------------
+class Library(nn.Module):
+    """Recorded frames of training episodes, looked up by where the hand is.
+
+    What the arm looks like is decided by where the hand is, and within a task tables and cabinets stand where they always
+    stand. A frame of the same scene is never given: it could show what came of the very actions that are to be imagined.
+    """
+    WEIGHTS = (1.0,) * 3 + (0.5,) * 6 + (0.15,)  # of `state_features` in a distance: place, turn, fingers
+
+    def __init__(self, frames: Tensor, features: Tensor, task: Tensor, scene: Tensor):
+        """frames (N, V, 3, H, W) uint8, features (N, 10) of the robot's states in them, task and scene (N,)."""
+        super().__init__()
+        for name, value in (("frames", frames), ("features", features), ("task", task), ("scene", scene)):
+            self.register_buffer(name, value, persistent=False)
+
+    @classmethod
+    def of(cls, data: ChunkData, normalizer: Normalizer) -> Library:
+        tracks = [(k, slice(past, None)) for k, past in enumerate(data.past)]
+        frames = np.concatenate([data.tracks[k].images[new] for k, new in tracks])
+        states = np.concatenate([data.tracks[k].states[new] for k, new in tracks])
+        picks = [(k, 0) for k, new in tracks for _ in data.tracks[k].images[new]]
+        features = state_features(torch.from_numpy(states), normalizer)
+        return cls(torch.from_numpy(frames).to(data.device), features.to(data.device), data.tasks(picks), data.scenes(picks))
+
+    def forward(self, features: Tensor, task: Tensor, scene: Tensor, count: int) -> Tensor:
+        """For the robot's state (B, 10), its task and scene (B,): the nearest frames (B, count, V, 3, H, W) uint8."""
+        weights = torch.tensor(self.WEIGHTS, device=features.device)
+        far = torch.cdist(features * weights, self.features * weights, compute_mode="donot_use_mm_for_euclid_dist")
+        far = far + 1e3 * (task[:, None] != self.task) + 1e6 * (scene[:, None] == self.scene)
+        return self.frames[far.topk(count, largest=False).indices]
+
+    def save(self, path: Path):
+        if rank() == 0:
+            with whole_file(path) as temporary, open(temporary, "wb") as file:
+                np.savez_compressed(file, **{name: value.cpu().numpy() for name, value in self.named_buffers()})
+
+    @classmethod
+    def load(cls, path: Path) -> Library:
+        try:
+            with np.load(path) as arrays:
+                return cls(**{name: torch.from_numpy(arrays[name]) for name in arrays.files})
+        except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path} is not a whole library ({type(error).__name__}): train the simulator again") from None
+
+
 class WorldModel(nn.Module):
     """What the next chunk of actions does to the robot and to the pictures."""
 
@@ -123,13 +173,14 @@ class WorldModel(nn.Module):
         self.config, self.cameras, self.normalizer = config, cameras, normalizer
         D, blocks = 4 * config.channels[0], ["DownBlock2D"] * len(config.channels)
         blocks[-1] = "AttnDownBlock2D" if config.attention else "DownBlock2D"
-        self.latents = Latents(config.vae) if config.vae else None
+        self.latents, self.library = Latents(config.vae) if config.vae else None, None  # a `Library`, where neighbours > 0
         c, factor = (self.latents.channels, self.latents.factor) if config.vae else (3, 1)  # channels of what is diffused
         if config.image_size % (factor * config.patch * 2 ** (len(config.channels) - 1)):
             raise UserError(f"--world_model.image_size {config.image_size} cannot be halved as often as patch, levels and "
                             "VAE ask for: choose a multiple of a larger power of 2")
         self.diffused = (2 * c, config.image_size // factor, config.image_size // factor)
-        self.sources = 6, 6 + len(config.heights) + 2 * config.plane_view  # pictures that each view may be copied from
+        self.sources = (6 + config.neighbours,  # pictures that each view may be copied from
+                        6 + config.neighbours + len(config.heights) + 2 * config.plane_view)
         context = c * sum(self.sources) + 4 + config.plane_view + 4 * 3 + 12 * config.ray_maps
         shape = dict(in_channels=(2 * c + context) * config.patch**2,
                      out_channels=(2 * c + sum(self.sources)) * config.patch**2,
@@ -175,10 +226,11 @@ class WorldModel(nn.Module):
         """
         return in_contact(*self.grasp_logits(to_float(images), state, previous_actions, actions, task), uniform)
 
-    def condition(self, memory: Tensor, memory_states: Tensor, next_state: Tensor, task: Tensor) -> tuple[Tensor, Tensor]:
+    def condition(self, memory: Tensor, memory_states: Tensor, next_state: Tensor, task: Tensor,
+                  scene: Tensor) -> tuple[Tensor, Tensor]:
         """Memory (B, F, V, 3, H, W) in [-1, 1], its states (B, F, 8) -> sources (B, A + W, c, h, w), the A pictures that the
         agent view may be copied from and the W of the wrist's, each one's base first; and the context (B, C, h, w), all
-        that the U-Net sees beside the noisy residual. task (B,) tells the scene."""
+        that the U-Net sees beside the noisy residual. task (B,) tells the cameras, scene (B,) what not to look up."""
         agents, wrists, cameras, last = memory[:, :, 0], memory[:, :, 1], self.cameras.of(task), memory_states[:, -1]
         grip, table = memory_states[:, GRIP], [0, 1, 2, -1]
         warped, seen = wrist_memory(wrists[:, table], memory_states[:, table], next_state, cameras, self.config.hand_height)
@@ -191,8 +243,11 @@ class WorldModel(nn.Module):
         above = [warp_wrist(wrists[:, -1], last, next_state, cameras.wrist, torch.as_tensor(cameras.plane_z) + height)[0]
                  for height in self.config.heights]
         base = warped[:, -1] + (1 - seen[:, -1]) * unseen
-        pictures = [agents[:, -1:], agents[:, :3], torch.stack([*carry, base, *above], dim=1), wrists[:, [GRIP, -1]],
-                    warped[:, :3], plane]
+        near = memory[:, :0]
+        if self.config.neighbours:
+            near = to_float(self.library(state_features(next_state, self.normalizer), task, scene, self.config.neighbours))
+        pictures = [agents[:, -1:], agents[:, :3], torch.stack(carry, dim=1), near[:, :, 0],
+                    torch.stack([base, *above], dim=1), wrists[:, [GRIP, -1]], warped[:, :3], plane, near[:, :, 1]]
         sources = self.encode(torch.cat(pictures, dim=1).flatten(1, 2)).unflatten(1, (sum(self.sources), -1))
         poses, size = (last, next_state), sources.shape[-1]
         maps = [action_map(cameras.agentview, state, size) for state in poses]
@@ -238,14 +293,15 @@ class WorldModel(nn.Module):
 
     @torch.no_grad()
     def sample(self, memory: Tensor, memory_states: Tensor, next_state: Tensor, actions: Tensor,
-               noise: Tensor, task: Tensor) -> Tensor:
+               noise: Tensor, task: Tensor, scene: Tensor) -> Tensor:
         """The next pictures, uint8 (B, V, 3, H, W).
 
         memory uint8 (B, F, V, 3, H, W) and memory_states (B, F, 8), the last of F is now; next_state (B, 8);
-        actions (B, L, 7); noise (B, *diffused) of variance 1, all the randomness there is; task (B,) tells the scene.
+        actions (B, L, 7); noise (B, *diffused) of variance 1, all the randomness there is; task and scene (B,)
+        as of the `Episode`.
         """
         memory = to_float(memory)
-        (sources, context), tokens = self.condition(memory, memory_states, next_state, task), self.tokens(memory)
+        (sources, context), tokens = self.condition(memory, memory_states, next_state, task, scene), self.tokens(memory)
         base, embedding = self.base(sources), self.embedding(memory_states[:, -1], next_state, actions)
         sigmas = noise_levels(self.config, self.config.sampling_steps).to(base.device)
         residual = euler(lambda x, sigma: self.denoise(x, sigma.expand(len(x)), sources, context, embedding, tokens),
@@ -257,12 +313,17 @@ class WorldModel(nn.Module):
     def save_pretrained(self, folder: str | Path):
         save_model(folder, self, {"world_model": asdict(self.config), "cameras": self.cameras.to_dict(),
                                   "normalizer": self.normalizer.to_dict()})
+        if self.library:
+            self.library.save(Path(folder) / "library.npz")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> WorldModel:
-        return load_pretrained(folder, "world model", cls, lambda saved: (
+        model = load_pretrained(folder, "world model", cls, lambda saved: (
             WorldModelConfig(**saved["world_model"]), Cameras.from_dict(saved["cameras"]),
             Normalizer.from_dict(saved["normalizer"])))
+        if model.config.neighbours:
+            model.library = Library.load(find_model(folder) / "library.npz")
+        return model
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -294,7 +355,7 @@ def world_model_loss(model: WorldModel, batch: dict, generator: torch.Generator,
     noise = normal(target.shape, generator, target.device)[rows]
     memory_states, next_state, actions = (batch[name][rows] for name in ("memory_states", "next_state", "actions"))
     state = memory_states[:, -1]
-    sources, context = model.condition(memory, memory_states, next_state, batch["task"][rows])
+    sources, context = model.condition(memory, memory_states, next_state, batch["task"][rows], batch["scene"][rows])
     clean = (target[rows] - model.base(sources)) / model.residual_std
     noisy = clean + sigma.view(-1, 1, 1, 1) * noise
     told = model.embedding(state, next_state, actions), model.tokens(memory)

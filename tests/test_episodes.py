@@ -71,6 +71,10 @@ def test_a_batch_tells_whose_scene_a_row_is_of():
     for batch, states in ((data.world_batch(9, torch.Generator().manual_seed(0)), "next_state"),
                           (data.grasp_batch(9, torch.Generator().manual_seed(0)), "state")):
         assert batch["task"].tolist() == batch[states][:, 0].tolist() and len(batch["task"].unique()) == 2
+    picks = [(0, 1), (1, 0)]
+    assert data.pictures(picks)["scene"].tolist() == [context.scene for context in data.starts(picks)] == [2_000_000_000, 5_000_000_000]
+    taken_up, other = replace(data.episodes[0], past=1), replace(data.episodes[0], seed=4)
+    assert taken_up.scene == data.episodes[0].scene != other.scene
 
 
 def test_two_batches_are_joined_row_by_row():

@@ -26,14 +26,14 @@ class Mover(torch.nn.Module):
 
     def __init__(self, noise=0.0):
         super().__init__()
-        self.config, self.cameras, self.noise = WorldModelConfig(image_size=SIZE, chunk_size=L), CAMERAS, noise
+        self.config, self.cameras, self.noise = WorldModelConfig(image_size=SIZE, chunk_size=L, neighbours=0), CAMERAS, noise
         self.diffused = (6, SIZE, SIZE)
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
     def predict_state(self, images, state, previous_actions, actions, uniform, task):
         return torch.cat([state[:, :1] + 0.01 * actions[:, 0, :1], state[:, 1:]], dim=1)
 
-    def sample(self, memory, memory_states, next_state, actions, noise, task):
+    def sample(self, memory, memory_states, next_state, actions, noise, task, scene):
         change = 10 * actions[:, 0, 0].view(-1, 1, 1, 1, 1) + self.noise * noise.mean((1, 2, 3)).view(-1, 1, 1, 1, 1)
         return (memory[:, -1].float() + change).clamp(0, 255).to(torch.uint8)
 

@@ -139,19 +139,19 @@ def test_a_stop_is_confirmed_by_the_next_frame_and_a_reset_forgets_the_last():
 
 def test_memory_is_first_third_two_thirds_the_grip_and_last():
     class Spy(WorldModel):
-        def sample(self, memory, memory_states, next_state, actions, noise, task):
-            self.seen = memory[:, :, 0, 0, 0, 0].tolist()
+        def sample(self, memory, memory_states, next_state, actions, noise, task, scene):
+            self.seen, self.scene = memory[:, :, 0, 0, 0, 0].tolist(), scene.tolist()
             return memory[:, -1] + 1  # frame t is filled with t
 
     model = Spy(TINY, CAMERAS, NORMALIZER)
     env = VirtualEnv(model, None, VirtualEnvConfig(horizon=12), 2)
     contexts = make_contexts(2)
-    for context in contexts:
-        context.images[:] = 0
+    for scene, context in enumerate(contexts):
+        context.images[:], context.scene = 0, 7 + scene
     env.reset(contexts)
     for chunk in make_actions(2, 10):
         obs, reward, terminated, truncated, info = env.step(chunk)
-    assert model.seen == [[0, 3, 6, 1, 9]] * 2  # the fingers were closed from the first frame on
+    assert model.scene == [7, 8] and model.seen == [[0, 3, 6, 1, 9]] * 2  # the fingers were closed from the first frame on
     assert info["score"].isnan().all() and not (terminated | truncated).any()
 
 

@@ -13,7 +13,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import runs
 from episodes import GRIP, MEMORY, Normalizer
 from geometry import Camera, Cameras
-from world_model import (WorldModel, WorldModelConfig, draw_sigmas, euler, grasp_loss, noise_levels, normal,
+from kinematics import state_features
+from runs import UserError
+from world_model import (Library, WorldModel, WorldModelConfig, draw_sigmas, euler, grasp_loss, noise_levels, normal,
                          preconditioning, world_model_loss)
 
 torch.set_num_threads(1)
@@ -22,7 +24,7 @@ WRIST = Camera(75.0, [0.05, 0.0, -0.097], [[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.
 CAMERAS = Cameras(AGENTVIEW, WRIST, plane_z=0.0)
 NORMALIZER = Normalizer([-1.0] * 7, [1.0] * 7, [-0.3, -0.3, 0.0, -3.5, -3.5, -3.5, 0.0, -0.04],
                         [0.3, 0.3, 0.5, 3.5, 3.5, 3.5, 0.04, 0.0])
-TINY = WorldModelConfig(image_size=16, channels=(16, 32), chunk_size=4, state_width=32, grasp_channels=8)
+TINY = WorldModelConfig(image_size=16, channels=(16, 32), chunk_size=4, state_width=32, grasp_channels=8, neighbours=0)
 START = torch.tensor([0.0, 0, 0.3, math.pi, 0, 0, 0.03, -0.03])
 
 
@@ -101,7 +103,7 @@ def toy_batch(B, seed=0, size=16):
     none = torch.zeros_like(actions)
     return {"memory": frame[:, None].expand(-1, MEMORY, *frame.shape[1:]), "target": draw(place + shift), "actions": actions,
             "memory_states": state[:, None].expand(B, MEMORY, 8), "next_state": state + moved, "previous_actions": none,
-            "task": torch.zeros(B, dtype=torch.long), "transitions": [value[:, None] for value in (state, none, actions, state + moved)]}
+            "task": torch.zeros(B, dtype=torch.long), "scene": torch.arange(B), "transitions": [value[:, None] for value in (state, none, actions, state + moved)]}
 
 
 def test_overfits_one_batch_and_then_a_shuffled_action_makes_it_worse():
@@ -119,7 +121,7 @@ def test_overfits_one_batch_and_then_a_shuffled_action_makes_it_worse():
     def mse(order):
         noise = normal((8, 6, 16, 16), torch.Generator().manual_seed(0), torch.device("cpu"))
         images = model.sample(batch["memory"], batch["memory_states"], batch["next_state"][order], batch["actions"][order], noise,
-                              batch["task"])
+                              batch["task"], batch["scene"])
         return ((images.float() - target) / 255).square().mean()
 
     target = batch["target"].float()
@@ -175,7 +177,7 @@ def test_where_no_wrist_picture_has_looked_the_base_shows_the_first_agent_view()
 
     def base(state, config=TINY):
         model = make_model(config)
-        return model.base(model.condition(memory, states, state[None], task)[0])
+        return model.base(model.condition(memory, states, state[None], task, task)[0])
 
     beside, same = (base(state)[0, 3:, :12] for state in (there, START))
     assert 0.1 < (beside > 0.9).float().mean() < 0.9 and (same < -0.9).all(), "what the wrist has seen, it has seen better"
@@ -191,8 +193,45 @@ def test_a_picture_may_be_copied_from_any_source_and_the_grip_is_one_as_it_was()
         model.unet.conv_out.weight.zero_()
         model.unet.conv_out.bias.zero_()
         model.unet.conv_out.bias.view(-1, TINY.patch**2)[[6 + first, 6 + grip]] = 10
-    images = model.sample(memory, states, there, actions, torch.randn(1, 6, 16, 16), task)[0].int()
+    images = model.sample(memory, states, there, actions, torch.randn(1, 6, 16, 16), task, task)[0].int()
     assert (images[0] - memory[0, 0, 0].int()).abs().max() <= 1 and (images[1] - memory[0, GRIP, 1].int()).abs().max() <= 1
+
+
+def make_library():
+    """Frame n is filled with n, the hand at x = n cm: of tasks 0 and 1 in turn, every four of a scene."""
+    numbers = torch.arange(16)
+    states = START.repeat(16, 1)
+    states[:, 0] = 0.01 * numbers
+    frames = numbers.to(torch.uint8).view(16, 1, 1, 1, 1).expand(16, 2, 3, 16, 16).contiguous()
+    return Library(frames, state_features(states, NORMALIZER), numbers % 2, numbers // 4)
+
+
+def test_the_library_gives_frames_of_the_task_but_not_of_the_scene_where_the_hand_was_nearest():
+    library, states = make_library(), START.repeat(3, 1)
+    states[:, 0] = torch.tensor([0.064, 0.064, 0.15])
+    found = library(state_features(states, NORMALIZER), torch.tensor([0, 1, 0]), torch.tensor([9, 1, -1]), 2)
+    assert found.shape == (3, 2, 2, 3, 16, 16) and found.dtype == torch.uint8
+    assert found[:, :, 0, 0, 0, 0].tolist() == [[6, 8], [9, 3], [14, 12]]  # 5 and 7 are of scene 1
+
+
+def test_a_picture_may_be_copied_from_the_library_which_travels_with_the_model(tmp_path):
+    model, task = make_model(replace(TINY, still=0.0, sigma_max=1e3, neighbours=2)), torch.zeros(1, dtype=torch.long)
+    model.library, memory = make_library(), torch.full((1, MEMORY, 2, 3, 16, 16), 200, dtype=torch.uint8)
+    with torch.no_grad():
+        model.unet.conv_out.weight.zero_()
+        model.unet.conv_out.bias.zero_()  # the agent view from the nearest frame, the wrist's from the second
+        model.unet.conv_out.bias.view(-1, TINY.patch**2)[[6 + 6, 6 + sum(model.sources) - 1]] = 10
+    there = START[None] + 0.064 * torch.eye(8)[:1]
+    told = memory, START.repeat(1, MEMORY, 1), there, torch.zeros(1, 4, 7), torch.randn(1, 6, 16, 16), task
+
+    def copied(model, scene):
+        return model.sample(*told, torch.tensor([scene]))[0].float().mean((1, 2, 3)).round().tolist()
+    assert copied(model, 9) == [6, 8] and copied(model, 1) == [8, 10], "of scene 1 itself nothing is shown"
+    model.save_pretrained(tmp_path)
+    assert copied(WorldModel.from_pretrained(tmp_path), 9) == [6, 8]
+    (tmp_path / "library.npz").write_bytes(b"PK")
+    with pytest.raises(UserError, match="library.npz is not a whole library"):
+        WorldModel.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("change, expected", [(3, 0), (-3, 0), (50, 46), (-50, -46)])
@@ -201,5 +240,5 @@ def test_what_hardly_changes_stays_as_it_was(change, expected):
     model.denoise = lambda x, *_: change / 127.5 / model.residual_std.expand_as(x)
     states = START.expand(1, MEMORY, 8)
     actions, noise, task = torch.zeros(1, 4, 7), torch.zeros(1, 6, 16, 16), torch.zeros(1, dtype=torch.long)
-    images = model.sample(memory, states, START[None], actions, noise, task)
+    images = model.sample(memory, states, START[None], actions, noise, task, task)
     assert (images[:, 0].int() - 128 == expected).all(), "the agent view's base is its last frame"

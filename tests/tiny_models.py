@@ -13,6 +13,6 @@ CAMERAS = Cameras(Camera(45.0, [0.9, 0.0, 0.65], [[0.0, -0.6, 0.8], [1.0, 0.0, 0
 NORMALIZER = Normalizer([-1.0] * 7, [1.0] * 7, [-0.3, -0.3, 0.0, -3.5, -3.5, -3.5, 0.0, -0.04],
                         [0.3, 0.3, 0.5, 3.5, 3.5, 3.5, 0.04, 0.0])
 POLICY = replace(PolicyConfig.tiny(), image_size=SIZE, chunk_size=L)
-WORLD = WorldModelConfig(image_size=SIZE, channels=(16, 32), chunk_size=L, state_width=32, grasp_channels=8,
+WORLD = WorldModelConfig(image_size=SIZE, channels=(16, 32), chunk_size=L, state_width=32, grasp_channels=8, neighbours=0,
                          attention=False, grasp_dropout=0.0)  # dropout is the one thing that processes draw apart
 REFLECTOR = ReflectorConfig(channels=8, width=16, dropout=0.0)
