@@ -92,7 +92,7 @@ def tiny() -> TrainConfig:
         preset="tiny", task_ids=(0, 1), num_demos=1, max_steps=64, trust_world=True, policy=PolicyConfig.tiny(),
         clone=FitConfig(steps=60, batch_size=16, muon=True, **fast),
         explore=ExploreConfig(episodes=2, held_out=1, grasps=2, releases=1),
-        world_model=WorldModelConfig(channels=(16, 32, 32), patch=4),
+        world_model=WorldModelConfig(channels=(16, 32, 32), patch=4, neighbours=2),
         simulate=FitConfig(steps=30, batch_size=8, muon=True, **fast),
         drift=FitConfig(steps=10, batch_size=8, muon=True, **fast), grasp=FitConfig(steps=20, batch_size=8, **fast),
         reflector=ReflectorConfig(channels=16, width=32), reflect=FitConfig(steps=30, batch_size=8, **fast),

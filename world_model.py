@@ -7,8 +7,8 @@ will hold; the pictures come from a diffusion model that is given the geometry a
               the last one and the grip moved as the hand moves. Wrist: the last frame warped over the table to the hand's
               next pose (its base; where that shows nothing, the first agent view warped there) or as if all lay 5 or
               10 cm higher, older ones warped, the first and last agent view warped there, and the last wrist frame and
-              the grip as they are: what is held stands still. Both: what the camera saw in other scenes of the task when
-              the hand was nearest to where it will be (`Library`)
+              the grip as they are: what is held stands still. Both, by flag: what the camera saw in other scenes of the
+              task when the hand was nearest to where it will be (`Library`)
     residual  (next frame - base) / residual_std: this is what is diffused, so sigma_data = 1
 
     noisy residual -- c_in --+   pixel      U-Net       +-> choice of a source -+
@@ -26,8 +26,7 @@ Departures from the paper:
 5. The last part of its training shows it its own pictures of recorded episodes as memory, and the true next one as
    target (`train.simulate`): else they dissolve within five chunks, and no policy finds its way in them.
 6. Pixels may be copied, not only painted (Finn et al. 2016, arXiv 1605.07157): a softmax over the sources. From the grip
-   a thing that is carried is copied once, not from a copy of a copy; from recorded frames the arm, which dissolved within
-   three chunks otherwise.
+   a thing that is carried is copied once, not from a copy of a copy; by flag, from recorded frames, the arm.
 
 Shape letters: B trajectories (b alive), F memory frames, V camera views (0 agent view, 1 wrist), L length of an action
 chunk, C, H, W image, c, h, w what is diffused of one (by default the same), D width of the embedding.
@@ -69,7 +68,7 @@ class WorldModelConfig:
     encoders: tuple[str, ...] = ()  # picture encoders to attend to: `ours`, or vision models of Hugging Face
     vae: str = ""  # AutoencoderKL of diffusers, a folder or a hub id: diffuse its latents; empty: pixels
     heights: tuple[float, ...] = (0.05, 0.1)  # m above the table: planes over which the last wrist view is warped, too
-    neighbours: int = 3  # recorded frames to copy from, too: those of the task in which the hand was nearest (`Library`)
+    neighbours: int = 0  # recorded frames to copy from, too: those of the task in which the hand was nearest (`Library`)
     plane_view: bool = True  # show the U-Net what the agent view has of the table, as the wrist camera would see it
     ray_maps: bool = False  # show the U-Net the ray of every pixel of both cameras (the paper does)
     hand_height: float = 0.22  # lowest part of the wrist picture, which shows the hand: not warped
