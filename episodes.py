@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -104,6 +105,23 @@ def _like(values, reference):
 # ---------------------------------------------------------------------------------------------------------------------
 # Episodes
 # ---------------------------------------------------------------------------------------------------------------------
+def write_arrays(path, arrays: dict):
+    """A compressed .npz, under a temporary name until it is whole."""
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+@contextmanager
+def whole_arrays(path, what, remedy):
+    """Yield the arrays of an .npz; UserError where it, or what is made of them inside, is not whole."""
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            arrays = {key: data[key] for key in data.files}
+        yield arrays
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is not a whole {what} ({type(error).__name__}): {remedy}") from None
+
+
 @dataclass
 class Chunked:
     """An episode seen at chunk boundaries."""
@@ -176,18 +194,12 @@ class Episode:
 
     def save(self, path):
         """Write a compressed .npz under a temporary name, then rename it."""
-        with whole_file(path) as temporary, open(temporary, "wb") as file:
-            np.savez_compressed(file, **asdict(self))
+        write_arrays(path, asdict(self))
 
     @classmethod
     def load(cls, path) -> "Episode":
-        try:
-            with np.load(path, allow_pickle=False) as data:
-                fields = {key: data[key] for key in data.files}
+        with whole_arrays(path, "episode", "delete it and run the same command") as fields:
             return cls(**{key: value.item() if value.ndim == 0 else value for key, value in fields.items()})
-        except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path} is not a whole episode ({type(error).__name__}): delete it and run the same "
-                            "command") from None
 
 
 def load_episodes(folder) -> list[Episode]:

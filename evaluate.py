@@ -328,13 +328,14 @@ def evaluate_runs(arguments, runs, trained, suite, task_ids, num_procs, device):
         for section, key in (("evaluate", "stop"), ("policy", "image_size"), ("policy", "chunk_size")):
             if config[section][key] != trained[0][section][key]:
                 raise UserError(f"these runs differ in --{section}.{key}: evaluate each with a command of its own")
+    for run in runs if arguments.stop != "oracle" else ():
+        if not (run / "reflect").is_dir():
+            raise UserError(f"{run} has no reflector, which self stop asks: add --stop oracle")
     lines, locks = {}, [Run(output)]
     for run, name, config in zip(runs, names, trained):
         policies = load_policies(run, device, arguments.policy)
         reflector = None
         if arguments.stop != "oracle":
-            if not (run / "reflect").is_dir():
-                raise UserError(f"{run} has no reflector, which self stop asks: add --stop oracle")
             reflector = load_model(Reflector, run / "reflect", device)
         sizes = next(iter(policies.values())).config
         folder = output if len(runs) == 1 else output / name if arguments.output_dir else run / base

@@ -35,7 +35,6 @@ Try it: python -m pytest tests/test_world_model.py
 """
 from __future__ import annotations
 
-import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -47,11 +46,11 @@ from torch import Tensor, nn
 
 from distributed import rank
 from encoders import Injection, Latents
-from episodes import GRIP, ChunkData, Normalizer, to_float, to_uint8
+from episodes import GRIP, ChunkData, Normalizer, to_float, to_uint8, whole_arrays, write_arrays
 from geometry import Cameras, action_map, agent_memory, carried, opening, ray_map, turn_between, warp_wrist, wrist_memory
 from kinematics import (STATE_FEATURES, GraspPredictor, PosePredictor, contact_bins, free_air_loss, in_contact, moved,
                         state_features, surroundings)
-from runs import UserError, autocast, find_model, load_pretrained, save_model, whole_file
+from runs import UserError, autocast, find_model, load_pretrained, save_model
 
 SIGMA_DATA = 1.0  # standard deviation of what is diffused: residual_std sees to it
 
@@ -152,16 +151,12 @@ class Library(nn.Module):
 
     def save(self, path: Path):
         if rank() == 0:
-            with whole_file(path) as temporary, open(temporary, "wb") as file:
-                np.savez_compressed(file, **{name: value.cpu().numpy() for name, value in self.named_buffers()})
+            write_arrays(path, {name: value.cpu().numpy() for name, value in self.named_buffers()})
 
     @classmethod
     def load(cls, path: Path) -> Library:
-        try:
-            with np.load(path) as arrays:
-                return cls(**{name: torch.from_numpy(arrays[name]) for name in arrays.files})
-        except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path} is not a whole library ({type(error).__name__}): train the simulator again") from None
+        with whole_arrays(path, "library", "train the simulator again") as arrays:
+            return cls(**{name: torch.from_numpy(values) for name, values in arrays.items()})
 
 
 class WorldModel(nn.Module):

@@ -229,9 +229,10 @@ def test_a_picture_may_be_copied_from_the_library_which_travels_with_the_model(t
     assert copied(model, 9) == [6, 8] and copied(model, 1) == [8, 10], "of scene 1 itself nothing is shown"
     model.save_pretrained(tmp_path)
     assert copied(WorldModel.from_pretrained(tmp_path), 9) == [6, 8]
-    (tmp_path / "library.npz").write_bytes(b"PK")
-    with pytest.raises(UserError, match="library.npz is not a whole library"):
-        WorldModel.from_pretrained(tmp_path)
+    for broken in (b"PK", b""):
+        (tmp_path / "library.npz").write_bytes(broken)
+        with pytest.raises(UserError, match="library.npz is not a whole library"):
+            WorldModel.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("change, expected", [(3, 0), (-3, 0), (50, 46), (-50, -46)])
