@@ -2,7 +2,8 @@
 
 One set of true episodes serves both stops. "Oracle stop": the simulator ends the episode, so the task counts as done if
 its goal held at any control step. "Self stop": the reflector ends the episode (its `StopRule`, or the step limit), and the
-goal must hold in that very frame. An episode is played until both are known or the limit is reached.
+goal must hold in that very frame. An episode is played until both are known or the limit is reached. With `--stop none`
+it always goes on to the limit, and tells as well whether the goal holds there: what a policy without a reflector has.
 
 Protocol: 10 settling steps, the benchmark's initial states in their order, the suite's step limit, whole chunks open
 loop, greedy, standard meshes. The report names it. An episode depends on its initial state and `--seed` alone, to the bit:
@@ -128,15 +129,15 @@ def versions() -> dict[str, str]:
 
 def protocol(suite, task_ids, sizes, rule, episodes, max_steps=0, stop="both", sample=False, seed=0) -> dict:
     """What the report says of how the episodes were played, and the tasks' sentences."""
-    ends = {"oracle": "at the first chunk in which the goal was reached", "self": "when the reflector stops",
-            "both": "when the goal was reached and the reflector has stopped"}
+    ends = {"oracle": "at the first chunk in which the goal was reached, or ", "self": "when the reflector stops, or ",
+            "both": "when the goal was reached and the reflector has stopped, or ", "none": ""}
     told = {"suite": suite, "tasks": len(task_ids), "episodes a task": episodes,
             "initial states": f"the benchmark's first {episodes}, in order", "settling steps": SETTLE_STEPS,
             "step limit": step_limit(suite, max_steps),
             "actions": f"chunks of {sizes.chunk_size} control steps, whole, open loop, "
             + (f"sampled (seed {seed})" if sample else "greedy"),
             "pictures": f"{sizes.image_size} pixels, drawn with {max(RENDER_SIZE, sizes.image_size)}; standard meshes",
-            "an episode ends": f"{ends[stop]}, or at the step limit",
+            "an episode ends": f"{ends[stop]}at the step limit",
             "the reflector": "is not asked" if stop == "oracle" else
             f"stops at {rule.confirm} frames in a row above {rule.eta}",
             "versions": ", ".join(f"{name} {version}" for name, version in versions().items())}
@@ -260,7 +261,7 @@ class Arguments:
     task_ids: tuple[int, ...] = ()  # tasks of the suite; empty: those it was trained on, or all of another suite
     policy: Literal["cloned", "post_trained", "both"] = "both"  # which policies of a run
     episodes: int = 5  # episodes a task and policy (50 at most); with --world: test episodes a task
-    stop: Literal["oracle", "self", "both"] = "both"  # what ends an episode: goal, reflector; both: one set tells either
+    stop: Literal["oracle", "self", "both", "none"] = "both"  # what ends an episode: goal, reflector, both, the limit alone
     max_steps: int = 0  # control steps after which an episode is cut off; 0: the suite's limit, the standard protocol
     sample: bool = False  # draw actions from the policy's distribution instead of taking its mode
     seed: int = 0  # of the noise of --sample; nothing else is random

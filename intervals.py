@@ -22,7 +22,8 @@ import numpy as np
 from reflector import StopRule, reflector_metrics
 
 Z = 1.959964  # 97.5 % quantile of the normal distribution
-STOPS = {"oracle": ("oracle_stop",), "self": ("self_stop",), "both": ("oracle_stop", "self_stop")}  # --stop: what it tells
+STOPS = {"oracle": ("oracle_stop",), "self": ("self_stop",), "both": ("oracle_stop", "self_stop"),
+         "none": ("oracle_stop", "self_stop", "no_stop")}  # --stop: what it tells
 
 
 def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:
@@ -90,7 +91,8 @@ def summarize(lines: dict[str, list[dict]], rule: StopRule, stop="both", pairs=N
     """Every number of an evaluation from {policy: lines of `play`}, all on the same states in the same order.
 
     policies: success rates; per_task; lengths; reflector_here: `reflector_metrics` of these episodes; paired: for every
-    (before, after) in `pairs` (default: all) the test and the difference.
+    (before, after) in `pairs` (default: all) the test and the difference; stopped (--stop none): the same for self stop
+    of `after` against no stop of `before`, and of a policy against itself.
     """
     stops = STOPS[stop]
     results = {"policies": {name: {key: proportion([line[key] for line in rows]) for key in stops}
@@ -101,9 +103,14 @@ def summarize(lines: dict[str, list[dict]], rule: StopRule, stop="both", pairs=N
                "lengths": {name: lengths(rows, stops) for name, rows in lines.items()}, "paired": {}}
     if stop != "oracle":
         results["reflector_here"] = {name: reflector_here(rows, rule) for name, rows in lines.items()}
-    for before, after in combinations(lines, 2) if pairs is None else pairs:
+    pairs = list(combinations(lines, 2) if pairs is None else pairs)
+    for before, after in pairs:
         results["paired"][f"{after} - {before}"] = {
             key: paired([line[key] for line in lines[before]], [line[key] for line in lines[after]]) for key in stops}
+    if "no_stop" in stops:
+        results["stopped"] = [{"never": before, "self": after, **paired([line["no_stop"] for line in lines[before]],
+                                                                        [line["self_stop"] for line in lines[after]])}
+                              for before, after in [*((name, name) for name in lines), *pairs]]
     return results
 
 

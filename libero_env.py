@@ -257,7 +257,8 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
     info: success (B,) the goal holds in this frame, score (B,) the reflector's P(done) for it, NaN without a reflector.
     stop: what ends an episode before the step limit.  "oracle": the goal was reached, `linger` chunks ago.
           "self": the reflector has stopped (`rule`: StopRule).  "both": both, so that one episode tells what either stop
-          would have given. The reward is 1 where the goal held at any step; with "self", where the goal holds at the end.
+          would have given.  "none": nothing, and it tells that, too. The reward is 1 where the goal held at any step;
+          with "self" and "none", where it holds at the end.
     """
     metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.DISABLED}
 
@@ -323,10 +324,10 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
             stopped = self.stop != "oracle" and bool(self.rule.stops(np.array(slot["scores"])).any())
             once = slot["reached"] is not None
             enough = once and slot["since"] >= self.linger
-            terminated[i] = {"oracle": enough, "self": stopped, "both": enough and stopped}[self.stop]
+            terminated[i] = {"oracle": enough, "self": stopped, "both": enough and stopped, "none": False}[self.stop]
             truncated[i] = slot["steps"] >= slot["max_steps"] and not terminated[i]
             slot["over"] = bool(terminated[i] or truncated[i])
-            reward[i] = float(slot["over"] and (success[i] if self.stop == "self" else once))
+            reward[i] = float(slot["over"] and (success[i] if self.stop in ("self", "none") else once))
         return self._observe(), *(tensor.to(self.device) for tensor in (reward, terminated, truncated)), info
 
     def lengths(self, i) -> tuple[int, int | None]:

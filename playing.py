@@ -154,5 +154,7 @@ def save_episode(played, path, context, source, env, temperature) -> dict:
             "before": context.before,
             "oracle_stop": reached is not None, "steps_to_oracle_stop": reached or steps,
             "self_stop": bool(success[stop]), "steps_to_self_stop": min((stop + 1) * env.chunk_size, steps),
-            "stopped_at": stop + 1 if len(stops) else None, "success": success.astype(int).tolist(),
+            "stopped_at": stop + 1 if len(stops) else None,
+            **({"no_stop": bool(success[-1]), "steps_to_no_stop": steps} if env.stop == "none" else {}),
+            "success": success.astype(int).tolist(),
             "score": [None if np.isnan(value) else round(float(value), 3) for value in score]}

@@ -23,7 +23,8 @@ from runs import read_json, read_log, write_json
 # ----------------------------------------------------------------------------------------------------------
 POLICIES = {"cloned": "cloned", "post_trained": "post-trained"}
 CAPTION = """Successes / episodes, with 95% Wilson intervals. *Oracle stop*: the simulator ends the
-episode at the first success. *Self stop*: the reflector ends it, and success is judged there.
+episode at the first success. *Self stop*: the reflector ends it, and success is judged there. *Never stopped*: the policy
+goes on to the step limit, and success is judged there (`--stop none`).
 *Imagined*: the verdict of the reflector on rollouts in the world simulator; a gain there counts only if
 the true columns show it too. *Difference*: same initial states, with Newcombe's paired 95% interval and
 the exact McNemar p-value."""
@@ -58,8 +59,8 @@ def write_run(run, config, control_steps: dict):
 def results_table(results: dict) -> str:
     """results.json -> Markdown. A part that is missing in `results` is left out.
 
-    task, preset, seed; policies{cloned, post_trained, ...}{oracle_stop, self_stop}{successes, episodes, rate,
-    ci95}; paired{"after - before"}{oracle_stop, self_stop}{difference, ci95, mcnemar_p}; imagined{cloned,
+    task, preset, seed; policies{cloned, post_trained, ...}{oracle_stop, self_stop, no_stop}{successes, episodes, rate,
+    ci95}; paired{"after - before"}{as there}{difference, ci95, mcnemar_p}; stopped, see `intervals.summarize`; imagined{cloned,
     post_trained}{as in policies}; stages{name: seconds}; control_steps{name: {true, imagined}};
     reflector, world_model: their metrics; videos: their folder;
     per_task, lengths, reflector_here: see `intervals.summarize`; over_seeds: see there; protocol{name: value}.
@@ -100,16 +101,26 @@ def _cost_table(seconds, steps) -> str:
 
 
 def _success_table(results) -> str:
-    rows = [[name_of(key)] + [_rate(cell) for cell in [*(cells.get(column) for column in COLUMNS),
+    columns = _columns(results["policies"])
+    rows = [[name_of(key)] + [_rate(cell) for cell in [*(cells.get(column) for column in columns),
                                                        results.get("imagined", {}).get(key)]]
             for key, cells in results["policies"].items()]
     for key, cells in results.get("paired", {}).items():
         name = "difference" + f", {key}" * (len(results["paired"]) > 1)
-        rows.append([name, *(_difference(cells.get(column)) for column in COLUMNS), ""])
-    return _markdown(["policy", *COLUMNS.values(), "imagined"], rows)
+        rows.append([name, *(_difference(cells.get(column)) for column in columns), ""])
+    table = _markdown(["policy", *columns.values(), "imagined"], rows)
+    if not results.get("stopped"):
+        return table
+    rows = [[name_of(pair["never"]), name_of(pair["self"]), _difference(pair)] for pair in results["stopped"]]
+    return table + "\n\n" + _markdown(["never stopped", "self stop", "difference"], rows)
 
 
-COLUMNS = {"oracle_stop": "oracle stop", "self_stop": "self stop"}
+COLUMNS = {"oracle_stop": "oracle stop", "self_stop": "self stop", "no_stop": "never stopped"}
+
+
+def _columns(policies) -> dict:
+    """Those of COLUMNS that a table has: oracle and self stop always."""
+    return {key: name for key, name in COLUMNS.items() if key != "no_stop" or any(key in cells for cells in policies.values())}
 
 
 def name_of(key) -> str:
@@ -128,15 +139,16 @@ def _task_table(per_task, instructions) -> str:
 def _length_table(lengths) -> str:
     names = list(next(iter(lengths.values())))
     title = {"steps": "played", "chunks": "played, chunks", "steps_to_oracle_stop": "to the oracle stop",
-             "steps_to_self_stop": "to the self stop"}
+             "steps_to_self_stop": "to the self stop", "steps_to_no_stop": "never stopped"}
     rows = [[name_of(policy), *("mean {mean:.1f}, median {median:.0f}, max {max}".format(**cells[name]) for name in names)]
             for policy, cells in lengths.items()]
     return _markdown(["policy", *(title[name] for name in names)], rows)
 
 
 def _seeds_table(over_seeds) -> str:
-    rows = [[name_of(policy), *(_seeds(cells.get(column)) for column in COLUMNS)] for policy, cells in over_seeds.items()]
-    return _markdown(["policy", *COLUMNS.values()], rows)
+    columns = _columns(over_seeds)
+    rows = [[name_of(policy), *(_seeds(cells.get(column)) for column in columns)] for policy, cells in over_seeds.items()]
+    return _markdown(["policy", *columns.values()], rows)
 
 
 def _seeds(cell) -> str:

@@ -9,6 +9,7 @@ import torch
 from episodes import Episode, finger_history
 from geometry import camera_pose, project
 from libero_env import LiberoTask, LiberoVectorEnv, initial_states, load_suite, merge_vertices, shrink, step_limit
+from reflector import StopRule
 from runs import UserError
 from starts import LiberoContext
 
@@ -215,6 +216,43 @@ def test_seeded_resets_put_things_on_their_fixture_again_and_again():
             assert np.abs(bowl - top)[:2].max() < 0.13 and abs(bowl[2] - top[2]) < 0.01
     finally:
         task.close()
+
+
+class Simulators:
+    """In the place of a process's pipe: the goal holds after the first of 4 chunks, and never again."""
+
+    def __init__(self):
+        self.said = iter([None, True, False, False, False])
+
+    def send(self, message):
+        pass
+
+    def recv(self):
+        frame, held = (np.zeros((2, 3, 4, 4), np.uint8), np.zeros(8, np.float32)), next(self.said)
+        return "done", (*frame, "" if held is None else np.array([held] * 8))
+
+
+class Second:
+    """A reflector that is sure from the second frame on."""
+
+    def __init__(self):
+        self.scores = iter([0.0, 1.0, 1.0, 1.0])
+
+    def score(self, *observed):
+        return torch.tensor([next(self.scores)])
+
+
+@pytest.mark.parametrize("stop, chunks, reward, ended", [("oracle", 1, 1, True), ("self", 3, 0, True), ("both", 3, 1, True),
+                                                         ("none", 4, 0, False)])
+def test_an_episode_ends_where_its_stop_says(stop, chunks, reward, ended):
+    env = LiberoVectorEnv("libero_object", 0, 4, 8, 32, stop, reflector=Second(), rule=StopRule(confirm=2))
+    env.num_envs, env._pipes, env._slots = 1, [Simulators()], [None]
+    env.reset([LiberoContext(0, seed=0)])
+    for played in range(1, 5):
+        _, rewards, terminated, truncated, _ = env.step(torch.zeros(1, 8, 7))
+        if terminated[0] or truncated[0]:
+            break
+    assert (played, rewards[0], bool(terminated[0]), bool(truncated[0])) == (chunks, reward, ended, not ended)
 
 
 @pytest.mark.parametrize("command", [["recv"], ["send", "chunk"]])

@@ -120,6 +120,19 @@ def test_one_stop_tells_nothing_of_the_other():
     assert "| cloned | 2/4 = **50%** (15% to 85%) | – | – |" in results_table({"task": "t", "preset": "p", "seed": 0, **results})
 
 
+def test_self_stop_is_paired_with_episodes_that_nothing_stops():
+    def lost(row):  # a goal that no longer holds at the limit
+        return row | {"no_stop": False, "steps_to_no_stop": 8 * row["chunks"]}
+    lines = {name: [lost(row) for row in rows[:3]] for name, rows in (("cloned", BEFORE), ("post_trained", AFTER))}
+    results = summarize(lines, RULE, "none")
+    assert results["policies"]["cloned"]["no_stop"]["successes"] == 0
+    found = {(pair["never"], pair["self"]): round(3 * pair["difference"]) for pair in results["stopped"]}
+    assert found == {("cloned", "cloned"): 1, ("post_trained", "post_trained"): 3, ("cloned", "post_trained"): 3}
+    text = results_table({"task": "t", "preset": "p", "seed": 0, **results})
+    assert "| policy | oracle stop | self stop | never stopped | imagined |" in text
+    assert "| never stopped | self stop | difference |" in text and "| cloned | post-trained | **+100 points**" in text
+
+
 def test_several_seeds_give_a_mean_a_deviation_and_an_interval():
     lines = {"a": {"cloned": BEFORE, "post_trained": AFTER}, "b": {"cloned": BEFORE, "post_trained": BEFORE}}
     results = over_seeds(lines, "oracle")

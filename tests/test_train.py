@@ -294,6 +294,10 @@ def test_evaluate_is_a_command_of_its_own_that_goes_on_where_it_was(finished):
     call(*command, 2, "--policy", "post_trained")
     longer = (folder / "post_trained" / "episodes.jsonl").read_text()
     assert longer.startswith(lines) and len(longer.splitlines()) == 2
+    call(*command, 1, "--policy", "cloned", "--stop", "none", "--output_dir", folder / "never")
+    assert "| at the step limit |" in (folder / "never" / "report.md").read_text()
+    (line,) = [json.loads(line) for line in (folder / "never" / "cloned" / "episodes.jsonl").read_text().splitlines()]
+    assert line["chunks"] == 8 and line["no_stop"] == bool(line["success"][-1])
     with pytest.raises(UserError, match="--sample False"):
         call(*command, 2, "--output_dir", folder, "--sample")
 
