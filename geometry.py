@@ -228,32 +228,6 @@ def carried(agent: Tensor, state: Tensor, next_state: Tensor, camera: Camera) ->
     return F.grid_sample(agent, grid + before[:, :, None], mode="bicubic", padding_mode="border", align_corners=False)
 
 
-def in_hand(agents: Tensor, wrists: Tensor, states: Tensor, next_state: Tensor, cameras: Cameras,
-            hand_height: float) -> tuple[Tensor, Tensor]:
-    """Where the pictures show something that has moved with the closed hand since it gripped: it will go on doing so.
-
-    agents, wrists (B, 2, 3, H, W) and states (B, 2, 8): at the grip and now. -> (B, 1, H, W) in [0, 1] each, of the agent
-    view, moved to `next_state` as `carried` is, and of the wrist view as it is; 0 where the hand is open or hasn't moved.
-    """
-    (grip, last), camera = states.unbind(1), cameras.agentview
-    (table,), (seen,) = (part.unbind(1) for part in wrist_memory(wrists[:, :1], states[:, :1], last, cameras, hand_height))
-    with_hand = carried(agents[:, 0], grip, last, camera)
-    agent = likelier(agents[:, 1], with_hand, agents[:, 0], torch.ones_like(seen))
-    wrist = likelier(wrists[:, 1], wrists[:, 0], table, seen)
-    moves = (opening(last) < 0.9 * MAX_OPENING) & ((last - grip)[:, :3].norm(dim=1) > 0.01)
-    return tuple(mask.clamp(0, 1) * moves.view(-1, 1, 1, 1) for mask in (carried(agent, last, next_state, camera), wrist))
-
-
-def likelier(picture: Tensor, one: Tensor, other: Tensor, seen: Tensor) -> Tensor:
-    """(B, 1, H, W) in [0, 1]: where a picture is like `one` and not like `other`, (B, 3, H, W) each, in 5x5 windows.
-
-    Where `other` shows nothing (seen (B, 1, H, W) is 0), it counts as somewhat unlike.
-    """
-    one, other = ((picture - guess).square().mean(dim=1, keepdim=True) for guess in (one, other))
-    better = torch.where(seen > 0, other, 0.1) - one
-    return torch.sigmoid(20 * F.avg_pool2d(F.pad(better, [2] * 4, mode="replicate"), 5, stride=1) - 2)
-
-
 def ray_map(camera: Camera, state: Tensor, size: int, on_hand: bool = False) -> Tensor:
     """The Pluecker coordinates (direction, origin x direction) of every pixel's ray in the world, (B, 6, H, W)."""
     position, rotation = camera_pose(camera, state, on_hand)

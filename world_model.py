@@ -7,9 +7,8 @@ will hold; the pictures come from a diffusion model that is given the geometry a
               the last one and the grip moved as the hand moves. Wrist: the last frame warped over the table to the hand's
               next pose (its base; where that shows nothing, the first agent view warped there) or as if all lay 5 or
               10 cm higher, older ones warped, the first and last agent view warped there, and the last wrist frame and
-              the grip as they are: what is held stands still. What has moved with the hand since the grip is so in the
-              bases, too (`geometry.in_hand`). By flag: what both cameras saw in other scenes of the task when the hand was
-              nearest to where it will be (`Library`)
+              the grip as they are: what is held stands still. Both, by flag: what the camera saw in other scenes of the
+              task when the hand was nearest to where it will be (`Library`)
     residual  (next frame - base) / residual_std: this is what is diffused, so sigma_data = 1
 
     noisy residual -- c_in --+   pixel      U-Net       +-> choice of a source -+
@@ -48,8 +47,7 @@ from torch import Tensor, nn
 from distributed import rank
 from encoders import Injection, Latents
 from episodes import GRIP, ChunkData, Normalizer, to_float, to_uint8, whole_arrays, write_arrays
-from geometry import (Cameras, action_map, agent_memory, carried, in_hand, opening, ray_map, turn_between, warp_wrist,
-                      wrist_memory)
+from geometry import Cameras, action_map, agent_memory, carried, opening, ray_map, turn_between, warp_wrist, wrist_memory
 from kinematics import (STATE_FEATURES, GraspPredictor, PosePredictor, contact_bins, free_air_loss, in_contact, moved,
                         state_features, surroundings)
 from runs import UserError, autocast, find_model, load_pretrained, save_model
@@ -177,7 +175,7 @@ class WorldModel(nn.Module):
         self.diffused = (2 * c, config.image_size // factor, config.image_size // factor)
         self.sources = (6 + config.neighbours,  # pictures that each view may be copied from
                         6 + config.neighbours + len(config.heights) + 2 * config.plane_view)
-        context = c * sum(self.sources) + 6 + config.plane_view + 4 * 3 + 12 * config.ray_maps
+        context = c * sum(self.sources) + 4 + config.plane_view + 4 * 3 + 12 * config.ray_maps
         shape = dict(in_channels=(2 * c + context) * config.patch**2,
                      out_channels=(2 * c + sum(self.sources)) * config.patch**2,
                      block_out_channels=config.channels, layers_per_block=config.layers, norm_num_groups=8,
@@ -238,13 +236,11 @@ class WorldModel(nn.Module):
                  for picture, state in ((agents[:, -1], last), (agents[:, GRIP], grip))]
         above = [warp_wrist(wrists[:, -1], last, next_state, cameras.wrist, torch.as_tensor(cameras.plane_z) + height)[0]
                  for height in self.config.heights]
-        since_grip = (memory[:, [GRIP, -1], 0], memory[:, [GRIP, -1], 1], memory_states[:, [GRIP, -1]])
-        held = in_hand(*since_grip, next_state, cameras, self.config.hand_height)
-        base = torch.lerp(warped[:, -1] + (1 - seen[:, -1]) * unseen, wrists[:, -1], held[1])
+        base = warped[:, -1] + (1 - seen[:, -1]) * unseen
         near = memory[:, :0]
         if self.config.neighbours:
             near = to_float(self.library(state_features(next_state, self.normalizer), task, scene, self.config.neighbours))
-        pictures = [torch.lerp(agents[:, -1], carry[0], held[0])[:, None], agents[:, :3], torch.stack(carry, dim=1), near[:, :, 0],
+        pictures = [agents[:, -1:], agents[:, :3], torch.stack(carry, dim=1), near[:, :, 0],
                     torch.stack([base, *above], dim=1), wrists[:, [GRIP, -1]], warped[:, :3], plane, near[:, :, 1]]
         sources = self.encode(torch.cat(pictures, dim=1).flatten(1, 2)).unflatten(1, (sum(self.sources), -1))
         poses, size = (last, next_state), sources.shape[-1]
@@ -252,8 +248,7 @@ class WorldModel(nn.Module):
         maps += [action_map(cameras.wrist, state, size, hand=next_state) for state in poses]
         if self.config.ray_maps:
             maps += [ray_map(cameras.agentview, next_state, size), ray_map(cameras.wrist, next_state, size, on_hand=True)]
-        masks = torch.cat([*(mask.flatten(1, 2) for mask in masks), *held], dim=1)
-        masks = F.adaptive_avg_pool2d(masks, size)
+        masks = F.adaptive_avg_pool2d(torch.cat(masks, dim=1).flatten(1, 2), size)
         return sources, torch.cat([sources.flatten(1, 2), masks, *maps], dim=1)
 
     def encode(self, images: Tensor) -> Tensor:

@@ -166,28 +166,6 @@ def test_what_is_carried_moves_with_the_hand_in_the_agent_view_and_grows_as_it_c
     assert torch.allclose(moved.sum((1, 2)) / blob[:, 0].sum((1, 2)), (far / near)[:, 0].square(), rtol=0.02)
 
 
-def test_what_has_moved_with_the_closed_hand_is_told_from_what_stood_still():
-    grip, last, there = (states(1, seed) for seed in range(3))
-    pose, grid = camera_pose(AGENTVIEW, grip, on_hand=False), pixel_grid(64, grip.device)
-    here, _ = project(grip[:, None, :3], AGENTVIEW, pose)
-    thing = ((grid - here[:, :, None]).abs().amax(-1) < 0.2).float()[:, None]  # (1, 1, H, W) in the agent view
-    looks = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)).round() * 2 - 1
-    table = photograph(grip, AGENTVIEW, 64)
-    moved = [geometry.carried(image, grip, last, AGENTVIEW) for image in (thing, looks)]
-    agents = torch.stack([torch.lerp(table, looks, thing), torch.lerp(table, moved[1], moved[0].clamp(0, 1))], dim=1)
-    wrists = torch.stack([photograph(grip, H=64), photograph(last, H=64)], dim=1)
-    wrists[..., 24:44, 20:40] = looks[:, None, :, 24:44, 20:40]
-    given = agents, wrists, torch.stack([grip, last], dim=1), there, Cameras(AGENTVIEW, WRIST, plane_z=0.0), 0.1
-    agent, wrist = geometry.in_hand(*given)
-    expected = geometry.carried(geometry.carried(thing, grip, last, AGENTVIEW), last, there, AGENTVIEW) > 0.5
-    assert agent[expected].mean() > 0.9 and agent[~expected].mean() < 0.2
-    assert agent[expected & (moved[0] < 0.5)].mean() > 0.9, "where it will be, not where it is"
-    assert wrist[..., 26:42, 22:38].mean() > 0.9 and wrist[..., 30:38, 44:60].mean() < 0.2
-    for now in (last + torch.tensor([0.0] * 6 + [0.02, -0.02]), grip):  # the hand is open; it has not moved
-        given[2][:, 1] = now
-        assert not any(mask.any() for mask in geometry.in_hand(*given))
-
-
 def test_cameras_survive_json():
     for cameras in (Cameras(AGENTVIEW, WRIST, 0.01), Cameras.of_tasks([HIGHER, Cameras(AGENTVIEW, WRIST, 0.01)])):
         assert Cameras.from_dict(json.loads(json.dumps(cameras.to_dict()))) == cameras

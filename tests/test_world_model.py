@@ -12,7 +12,7 @@ from diffusers import EDMEulerScheduler
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import runs
 from episodes import GRIP, MEMORY, Normalizer
-from geometry import Camera, Cameras, carried
+from geometry import Camera, Cameras
 from kinematics import state_features
 from runs import UserError
 from world_model import (Library, WorldModel, WorldModelConfig, draw_sigmas, euler, grasp_loss, noise_levels, normal,
@@ -182,19 +182,6 @@ def test_where_no_wrist_picture_has_looked_the_base_shows_the_first_agent_view()
     beside, same = (base(state)[0, 3:, :12] for state in (there, START))
     assert 0.1 < (beside > 0.9).float().mean() < 0.9 and (same < -0.9).all(), "what the wrist has seen, it has seen better"
     assert (base(there, replace(TINY, plane_view=False)) < -0.9).all()
-
-
-def test_the_bases_show_what_is_held_where_the_hand_will_be_and_the_network_is_told(monkeypatch):
-    memory, task = torch.rand(1, MEMORY, 2, 3, 16, 16) * 2 - 1, torch.zeros(1, dtype=torch.long)
-    states, there, model = START.repeat(1, MEMORY, 1), START[None] + 0.05 * torch.eye(8)[1], make_model()
-    told = {}
-    for held in (0.0, 1.0):
-        monkeypatch.setattr("world_model.in_hand", lambda *given: (torch.full((1, 1, 16, 16), held),) * 2)
-        sources, told[held] = model.condition(memory, states, there, task, task)
-    agent, wrist = model.base(sources).chunk(2, dim=1)
-    assert torch.equal(wrist, memory[:, -1, 1]) and torch.allclose(agent, carried(memory[:, -1, 0], START[None], there, AGENTVIEW))
-    masks = (told[1.0] - told[0.0])[:, 3 * sum(model.sources):]
-    assert (masks == 1).flatten(2).all(2).sum() == 2, "one mask a view"
 
 
 def test_a_picture_may_be_copied_from_any_source_and_the_grip_is_one_as_it_was():
