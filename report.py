@@ -60,10 +60,10 @@ def results_table(results: dict) -> str:
     """results.json -> Markdown. A part that is missing in `results` is left out.
 
     task, preset, seed; policies{cloned, post_trained, ...}{oracle_stop, self_stop, no_stop}{successes, episodes, rate,
-    ci95}; paired{"after - before"}{as there}{difference, ci95, mcnemar_p}; stopped, see `intervals.summarize`; imagined{cloned,
+    ci95}; paired{"after - before"}{as there}{difference, ci95, mcnemar_p}; imagined{cloned,
     post_trained}{as in policies}; stages{name: seconds}; control_steps{name: {true, imagined}};
-    reflector, world_model: their metrics; videos: their folder;
-    per_task, lengths, reflector_here: see `intervals.summarize`; over_seeds: see there; protocol{name: value}.
+    reflector, world_model: their metrics; videos: their folder; protocol{name: value};
+    per_task, lengths, reflector_here, stopped: see `intervals.summarize`; over_seeds: see there.
     """
     parts = [f"# {results['task']} · preset {results['preset']} · seed {results['seed']}",
              "## Success rate", _success_table(results), CAPTION]
@@ -120,7 +120,8 @@ COLUMNS = {"oracle_stop": "oracle stop", "self_stop": "self stop", "no_stop": "n
 
 def _columns(policies) -> dict:
     """Those of COLUMNS that a table has: oracle and self stop always."""
-    return {key: name for key, name in COLUMNS.items() if key != "no_stop" or any(key in cells for cells in policies.values())}
+    told = any("no_stop" in cells for cells in policies.values())
+    return {key: name for key, name in COLUMNS.items() if told or key != "no_stop"}
 
 
 def name_of(key) -> str:
