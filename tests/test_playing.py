@@ -19,7 +19,7 @@ CONTEXTS = [LiberoContext(task, seed) for task in (0, 1, 2) for seed in range(3)
 
 class Slot:
     """Episodes of three chunks, or as long as their context says; the state is the sum of all actions."""
-    num_envs, chunk_size, max_steps, rule = 1, 2, 6, None
+    num_envs, chunk_size, max_steps, rule, stop = 1, 2, 6, None, "oracle"
 
     def __init__(self, broken, log):
         self.broken, self.log = broken, log
