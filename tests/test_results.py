@@ -66,6 +66,13 @@ def test_todays_clones_and_what_became_of_them_follow_too(clone):
     assert not [row for row in rows if row not in (ROOT / "RESULTS.md").read_text()]
 
 
+@pytest.mark.parametrize("run", sorted((ROOT / "results" / "never_stopped").iterdir()), ids=lambda run: run.name)
+def test_what_no_stop_at_all_gives_follows_too(run):
+    lines = {file.stem: [json.loads(line) for line in file.read_text().splitlines()] for file in sorted(run.glob("*.jsonl"))}
+    rows = tables(lines, stop="none")
+    assert len(rows) > 16 and not [row for row in rows if row.removesuffix(" – |") not in (ROOT / "RESULTS.md").read_text()]
+
+
 def test_the_readmes_fidelity_table_is_the_measured_one():
     measured, readme = json.loads((ROOT / "results" / "today" / "fidelity.json").read_text()), (ROOT / "README.md").read_text()
     cells = [cell for rates in measured["outcome"].values() for cell in rates.values()]
