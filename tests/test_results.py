@@ -10,13 +10,18 @@ from reflector import StopRule
 from report import results_table
 
 ROOT = Path(__file__).parent.parent
+RESULTS = (ROOT / "RESULTS.md").read_text()
+
+
+def read_all(files):
+    """{policy: lines} of {policy: file}."""
+    return {name: [json.loads(line) for line in file.read_text().splitlines()] for name, file in sorted(files.items())}
 
 
 def read(folder):
     """{policy: lines}; a variant of a seed (`..._seed1_rival`) is compared with that seed's cloned policy."""
     cloned = folder.with_name(re.match(r".*_seed\d", folder.name)[0]) / "cloned.jsonl"
-    paths = sorted({cloned, *folder.glob("*.jsonl")}, key=lambda path: path.stem)
-    return {path.stem: [json.loads(line) for line in path.read_text().splitlines()] for path in paths}
+    return read_all({path.stem: path for path in {cloned, *folder.glob("*.jsonl")}})
 
 
 def tables(lines, stop="both", **more):
@@ -33,14 +38,14 @@ def test_every_table_follows_from_the_raw_episodes(run):
     if run.parent.name not in ("exact", "refresh"):
         whole = whole[2:5]  # of variants and earlier versions RESULTS.md keeps the rates alone
     rows = [row.removesuffix(" – |") for row in whole]  # what is imagined has no raw episodes
-    assert not [row for row in rows if row not in (ROOT / "RESULTS.md").read_text()]
+    assert not [row for row in rows if row not in RESULTS]
 
 
 @pytest.mark.parametrize("runs", ["exact/*_seed?", "near_misses/*_seed?", "libero_object_seed?", "first/*_seed?", "first/*_seed?_own"])
 def test_the_tables_over_seeds_follow_too(runs):
     runs = sorted(path.parent for path in (ROOT / "results").glob(f"{runs}/post_trained.jsonl"))
     rows = tables({}, over_seeds=over_seeds({run.name: read(run) for run in runs}))
-    assert len(rows) > 4 and not [row for row in rows if row not in (ROOT / "RESULTS.md").read_text()]
+    assert len(rows) > 4 and not [row for row in rows if row not in RESULTS]
 
 
 @pytest.mark.parametrize("seeds, policies", [("0123", "cloned post_trained filtered_cloning"), ("012345", "cloned filtered_cloning"),
@@ -54,23 +59,22 @@ def test_rl_and_filtered_cloning_are_compared_on_the_same_episodes(seeds, polici
     rows = tables(pooled)
     rows = [row.removesuffix(" – |") for row in rows[2:rows.index(next(row for row in rows if row.startswith("| task")))]]
     assert len(rows) == len(pooled) * (len(pooled) + 1) / 2  # a row a policy and a row a pair
-    assert not [row for row in rows if row not in (ROOT / "RESULTS.md").read_text()]
+    assert not [row for row in rows if row not in RESULTS]
 
 
 @pytest.mark.parametrize("clone", sorted((ROOT / "results" / "clones").glob("*_[0-9].jsonl")), ids=lambda file: file.stem)
 def test_todays_clones_and_what_became_of_them_follow_too(clone):
     files = {"cloned": clone} | {file.stem.removeprefix(f"{clone.stem}_"): file for file in clone.parent.glob(f"{clone.stem}_*")}
-    lines = {name: [json.loads(line) for line in file.read_text().splitlines()] for name, file in sorted(files.items())}
+    lines = read_all(files)
     rows = tables(lines, stop="oracle")
     assert len(lines["cloned"]) >= 100 and len(rows) > 13  # a row a task
-    assert not [row for row in rows if row not in (ROOT / "RESULTS.md").read_text()]
+    assert not [row for row in rows if row not in RESULTS]
 
 
 @pytest.mark.parametrize("run", sorted((ROOT / "results" / "never_stopped").iterdir()), ids=lambda run: run.name)
 def test_what_no_stop_at_all_gives_follows_too(run):
-    lines = {file.stem: [json.loads(line) for line in file.read_text().splitlines()] for file in sorted(run.glob("*.jsonl"))}
-    rows = tables(lines, stop="none")
-    assert len(rows) > 16 and not [row for row in rows if row.removesuffix(" – |") not in (ROOT / "RESULTS.md").read_text()]
+    rows = tables(read_all({file.stem: file for file in run.glob("*.jsonl")}), stop="none")
+    assert len(rows) > 16 and not [row for row in rows if row.removesuffix(" – |") not in RESULTS]
 
 
 def test_the_readmes_fidelity_table_is_the_measured_one():
