@@ -1,15 +1,16 @@
 """Where the robot will be after a chunk of actions, what its fingers will close on, and what will stop its hand.
 
-World-Env (section 3.2) takes the next robot state from kinematics. That is enough for the hand: a gain for every
-command, and a learned correction for a controller that lags behind, are right to a millimetre or two in free air. It is
-not enough for the fingers. Whether they close on an object or on air depends on what the pictures show, and all that is
-imagined later hangs on it. So their opening is read off the surroundings of the hand, as a categorical distribution,
-because the mean of two outcomes is neither. Fingers that hold something are told to go on holding it (`stay`). And a
-hand that comes down on an object stays above it: how much higher than in free air is read off the same way (the lift):
+World-Env (section 3.2) takes the next robot state from kinematics. That is enough in free air: a gain for every command,
+and a learned correction for a controller that lags behind, are right to a millimetre or two for the hand, and so is the
+gripper's own rule for empty fingers (`free_opening`). It is not enough in contact. Whether the fingers close on an object
+or on air depends on what the pictures show, and all that is imagined later hangs on it. So their opening is read off the
+surroundings of the hand, as a categorical distribution, because the mean of two outcomes is neither. And a hand that comes
+down on an object stays above it: how much higher than in free air is read off the same way (the lift). What is usual, the
+fingers as they were or as in free air, and no lift, need not be learned bin by bin (`usual`):
 
     wrist picture, now and warped to the next pose ──┐                   ┌─► P(lift), 4 mm a bin
     agent view around the hand, now and next ────────┼─► small conv net ─┼─► P(opening), 20 bins
-    both action chunks, height, turn, fingers ───────┴─► stay ───────────┘
+    both action chunks, height, turn, fingers ───────┴─► usual ──────────┘
 
 Given the true opening alone, the simulator's false successes fell from 11 of 14 to 4 (ABLATIONS.md): pictures that
 follow the fingers are easy, it is the mean of "holds it" and "holds nothing" that imagines every grasp a good one.
@@ -31,6 +32,7 @@ from geometry import (MAX_OPENING, Cameras, camera_pose, opening, openness, pixe
 
 STATE_FEATURES = 10  # width of `state_features`
 BINS = 20  # of the fingers' `openness` and of the lift
+SEND, FOLLOW, LATE = 0.25, 0.35, 0.5  # of the gripper, in control steps: see `free_opening`
 LOWEST, LIFTS = -0.018, 0.08  # m: the lowest lift, and how far all of them span; one bin's middle is 0, no lift
 
 
@@ -85,6 +87,29 @@ def moved(state: Tensor, change: Tensor) -> Tensor:
     return torch.cat([state[:, :3] + change[:, :3], turn_state(state, change[:, 3:]), state[:, 6:]], dim=1)
 
 
+def free_opening(metres: Tensor, previous_actions: Tensor, actions: Tensor) -> Tensor:
+    """How far apart (B,) fingers with nothing between them are after a chunk; metres (B,): now.
+
+    robosuite's gripper: in every control step the place that the fingers are sent to goes a quarter of the way from closed
+    to open, or back; they follow half a step later, by a third of what is left. Fingers that close at step 1 of a chunk are
+    31 mm apart at its end, at step 2 40 mm: without this, a packet's 40 mm are easily taken for the latter.
+    """
+    L, commands = actions.shape[1], torch.cat([previous_actions, actions], dim=1)[:, :, 6].sign()  # -1 open, 1 close
+    sent = torch.where(commands[:, 0] == 0, 1 - 2 * metres / MAX_OPENING, commands[:, 0])  # 0: an episode begins
+    places = []
+    for command in commands.unbind(1):
+        sent = (sent + SEND * command).clamp(-1, 1)
+        places.append(MAX_OPENING * (1 - sent) / 2)
+    for before, place in zip(places[L - 1:], places[L:]):
+        metres = metres + FOLLOW * (LATE * before + (1 - LATE) * place - metres)
+    return metres
+
+
+def with_fingers(state: Tensor, apart: Tensor) -> Tensor:
+    """State (B, 8) with its fingers `apart` (B,) metres, evenly."""
+    return torch.cat([state[:, :6], torch.stack([apart, -apart], dim=1) / 2], dim=1)
+
+
 class GraspPredictor(nn.Module):
     """How far open the fingers are after a chunk, and how much higher the hand is than in free air.
 
@@ -103,32 +128,34 @@ class GraspPredictor(nn.Module):
         self.squeeze = nn.Conv2d(2 * C, 16, 1)  # few channels, every place: WHERE the object lies matters
         self.out = nn.Sequential(nn.Linear(16 * (image_size // 8) ** 2 + D, D), nn.SiLU(), nn.Dropout(dropout),
                                  nn.Linear(D, 4 * BINS))
-        self.stay = nn.Linear(D, 1)
+        self.usual = nn.Linear(D, 3)  # how sure it is, without the pictures: fingers as now, as in free air, no lift
         with torch.no_grad():  # the places start at the nearest ones
             self.out[-1].weight[2 * BINS:] = 0
             self.out[-1].bias[2 * BINS:] = 0
+            self.usual.bias.copy_(torch.tensor([1.0, 3.0, 3.0]))
 
-    def forward(self, pictures: Tensor, features: Tensor, metres: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures (B, 13, H, W) and features (B, 14 L + 20) of `surroundings`, opening (B,) now -> logits and places
-        (B, 2, BINS); a place is 0 at its bin's lower edge, 1 at the upper one."""
+    def forward(self, pictures: Tensor, features: Tensor, now: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures (B, 13, H, W) and features (B, 14 L + 20) of `surroundings`, openings (B,) now and in free air -> logits
+        and places (B, 2, BINS); a place is 0 at its bin's lower edge, 1 at the upper one."""
         embedding = self.embed(features)
         x = self.block1(self.stem(pictures), embedding)  # (B, C, H/4, W/4)
         x = self.block2(self.down(x), embedding)  # (B, 2C, H/8, W/8)
         x = F.silu(self.squeeze(x)).flatten(1)
         fingers, lift, *places = self.out(torch.cat([x, F.silu(embedding)], dim=1)).float().chunk(4, dim=1)
-        now = torch.stack([openness(metres), torch.full_like(metres, -LOWEST / LIFTS)], dim=1) * BINS  # (B, 2)
-        beyond = now[:, :, None] - torch.arange(BINS, device=metres.device)  # (B, 2, BINS) each bin's lower edge
-        # Fingers that hold something go on holding it: commands and state say how sure that is, without the pictures.
-        near = torch.exp(-(beyond[:, 0] - 0.5).square())  # (B, BINS)
-        logits = torch.stack([fingers + self.stay(F.silu(embedding)).float() * near, lift], dim=1)
-        return logits, beyond.clamp(0, 1) + torch.stack(places, dim=1)
+        usual = torch.stack([openness(now), openness(free), torch.full_like(now, -LOWEST / LIFTS)], dim=1) * BINS  # (B, 3)
+        beyond = usual[:, :, None] - torch.arange(BINS, device=now.device)  # (B, 3, BINS) each bin's lower edge
+        sure = self.usual(F.silu(embedding)).float()[:, :, None] * torch.exp(-(beyond - 0.5).square())
+        logits = torch.stack([fingers + sure[:, 0] + sure[:, 1], lift + sure[:, 2]], dim=1)
+        nearest, has_free = beyond.clamp(0, 1), (0 <= beyond[:, 1]) & (beyond[:, 1] < 1)
+        nearest = torch.stack([torch.where(has_free, nearest[:, 1], nearest[:, 0]), nearest[:, 2]], dim=1)
+        return logits, nearest + torch.stack(places, dim=1)
 
 
 def surroundings(images: Tensor, state: Tensor, next_pose: Tensor, previous_actions: Tensor, actions: Tensor,
                  cameras: Cameras, normalizer: Normalizer) -> tuple[Tensor, Tensor]:
     """What a grasp depends on, as seen from the hand: pictures (B, 13, H, W), features (B, 14 L + 20).
 
-    images (B, V, 3, H, W) in [-1, 1]; next_pose (B, 8): `state` moved by kinematics. Where the hand is over
+    images (B, V, 3, H, W) in [-1, 1]; next_pose (B, 8): `state` after the chunk in free air. Where the hand is over
     the table is left out: a grasp here is a grasp there, which makes examples of all.
     """
     agent, wrist = images[:, 0], images[:, 1]
@@ -170,4 +197,4 @@ def in_contact(pose: Tensor, logits: Tensor, places: Tensor, uniform: Tensor) ->
     apart = MAX_OPENING * quantile(logits[:, 0], places[:, 0], uniform).square()
     lift = LOWEST + LIFTS * quantile(logits[:, 1], places[:, 1], 1 - uniform)
     lift = torch.where(lift.abs() > LIFTS / BINS / 2, lift, 0.0)  # within the middle bin: none
-    return torch.cat([pose[:, :2], (pose[:, 2] + lift)[:, None], pose[:, 3:6], torch.stack([apart, -apart], 1) / 2], dim=1)
+    return with_fingers(torch.cat([pose[:, :2], (pose[:, 2] + lift)[:, None], pose[:, 3:]], dim=1), apart)

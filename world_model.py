@@ -48,8 +48,8 @@ from distributed import rank
 from encoders import Injection, Latents
 from episodes import GRIP, ChunkData, Normalizer, to_float, to_uint8, whole_arrays, write_arrays
 from geometry import Cameras, action_map, agent_memory, carried, opening, ray_map, turn_between, warp_wrist, wrist_memory
-from kinematics import (STATE_FEATURES, GraspPredictor, PosePredictor, contact_bins, free_air_loss, in_contact, moved,
-                        state_features, surroundings)
+from kinematics import (STATE_FEATURES, GraspPredictor, PosePredictor, contact_bins, free_air_loss, free_opening, in_contact,
+                        moved, state_features, surroundings, with_fingers)
 from runs import UserError, autocast, find_model, load_pretrained, save_model
 
 SIGMA_DATA = 1.0  # standard deviation of what is diffused: residual_std sees to it
@@ -197,8 +197,9 @@ class WorldModel(nn.Module):
         self.register_buffer("residual_std", std, persistent=False)  # (1, V*c, 1, 1)
 
     def predict_pose(self, state: Tensor, previous_actions: Tensor, actions: Tensor) -> Tensor:
-        """The state (B, 8) after a chunk in free air, save for the fingers."""
-        return moved(state, self.pose_predictor(state_features(state, self.normalizer), previous_actions, actions))
+        """The state (B, 8) after a chunk in free air."""
+        change = self.pose_predictor(state_features(state, self.normalizer), previous_actions, actions)
+        return with_fingers(moved(state, change), free_opening(opening(state), previous_actions, actions))
 
     def grasp_logits(self, images: Tensor, state: Tensor, previous_actions: Tensor, actions: Tensor,
                      task: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,7 +208,7 @@ class WorldModel(nn.Module):
             next_pose = self.predict_pose(state, previous_actions, actions)
         cameras = self.cameras.of(task)
         seen = surroundings(images, state, next_pose, previous_actions, actions, cameras, self.normalizer)
-        return next_pose, *self.grasp_predictor(*seen, opening(state))
+        return next_pose, *self.grasp_predictor(*seen, opening(state), opening(next_pose))
 
     @torch.no_grad()
     def predict_state(self, images: Tensor, state: Tensor, previous_actions: Tensor, actions: Tensor,

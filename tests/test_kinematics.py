@@ -130,9 +130,9 @@ def test_a_grasp_is_learned_from_the_wrist_picture():
     there = holding(0.04 * holds.float())
     there[:, 2] += 0.03 * holds
     target, place = contact_bins(state, there)
-    inputs = *surroundings(images, state, state, actions, actions, CAMERAS, NORMALIZER), opening(state)
+    inputs = *surroundings(images, state, state, actions, actions, CAMERAS, NORMALIZER), opening(state), torch.zeros(B)
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
-    for _ in range(60):
+    for _ in range(90):
         logits, places = net(*inputs)
         loss = F.cross_entropy(logits.flatten(0, 1), target.flatten())
         loss = loss + (places.gather(2, target[..., None])[..., 0] - place).abs().mean()
@@ -144,12 +144,15 @@ def test_a_grasp_is_learned_from_the_wrist_picture():
     assert (opening(found)[holds] - 0.04).abs().max() < 0.001, "to a fraction of a bin"
 
 
-def test_fingers_can_be_told_to_stay_where_they_are():
-    net, metres = GraspPredictor(4, 32, 8, dropout=0.0).eval(), torch.linspace(0.003, 0.077, 16)
-    torch.nn.init.constant_(net.stay.bias, 50.0)
-    state = holding(metres)
-    images, actions = torch.rand(16, 2, 3, 32, 32) - 1, torch.ones(16, 4, 7)
-    logits, places = net(*surroundings(images, state, state, actions, actions, CAMERAS, NORMALIZER), opening(state))
-    for place in (0.1, 0.5, 0.9):  # until it has learned otherwise, as far apart as they were
-        held = quantile(logits[:, 0], places[:, 0], torch.full((16,), place))
-        assert (held - openness(metres)).abs().max() < (1e-5 if place == 0.5 else 1 / BINS)
+@pytest.mark.parametrize("which", [0, 1])
+def test_fingers_can_be_told_to_stay_where_they_are_or_to_move_freely(which):
+    net, apart = GraspPredictor(4, 32, 8, dropout=0.0).eval(), torch.linspace(0.003, 0.077, 16)
+    with torch.no_grad():
+        net.usual.bias[:2] = 0
+        net.usual.bias[which] = 50
+    now, free = (apart, apart.flip(0))[::1 - 2 * which]
+    state, images, actions = holding(now), torch.rand(16, 2, 3, 32, 32) - 1, torch.ones(16, 4, 7)
+    logits, places = net(*surroundings(images, state, state, actions, actions, CAMERAS, NORMALIZER), now, free)
+    for place in (0.1, 0.5, 0.9):  # until it has learned otherwise, exactly there
+        found = quantile(logits[:, 0], places[:, 0], torch.full((16,), place))
+        assert (found - openness((now, free)[which])).abs().max() < (1e-5 if place == 0.5 else 1 / BINS)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from episodes import Episode, finger_history
-from geometry import camera_pose, project
+from geometry import camera_pose, opening, project
+from kinematics import free_opening
 from libero_env import LiberoTask, LiberoVectorEnv, initial_states, load_suite, merge_vertices, shrink, step_limit
 from reflector import StopRule
 from runs import UserError
@@ -110,6 +111,19 @@ def test_actions_move_the_hand_and_the_gripper(task):
     after = play(task, np.tile([1, 0, 0, 0, 0, 0, 1.0], (16, 1)))[-1]
     assert after[0] - before[0] > 0.08 and abs(after[1] - before[1]) < 0.02
     assert before[6] - before[7] > 0.07 and after[6] - after[7] < 0.01
+
+
+def test_free_fingers_are_where_kinematics_says(task):
+    """Within 2.5 mm after every chunk, at whatever step of it they are told to close or to open."""
+    task.reset(seed=0)
+    commands = np.concatenate([[-1] * 8 + [-1] * k + [1] * 16 + [-1] * (8 - k) for k in range(8)])
+    chunks = np.zeros((len(commands) // 8, 8, 7), np.float32)
+    chunks[:, :, 6] = commands.reshape(-1, 8)
+    before, apart = np.zeros_like(chunks[0]), opening(torch.from_numpy(task.state())[None])
+    for chunk in chunks:
+        foreseen = free_opening(apart, *(torch.from_numpy(actions)[None] for actions in (before, chunk)))
+        apart, before = opening(torch.from_numpy(play(task, chunk)[-1])[None]), chunk
+        assert (foreseen - apart).abs() < 0.0025
 
 
 def test_the_projected_gripper_lies_on_the_grippers_pixels_in_both_views(task):
