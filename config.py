@@ -108,7 +108,8 @@ def medium() -> TrainConfig:
         simulate=FitConfig(steps=2000, batch_size=64, lr=8e-4), drift=FitConfig(steps=700, batch_size=64, lr=4e-4),
         grasp=FitConfig(steps=500, batch_size=128, lr=1e-3, weight_decay=0.05),
         reflect=FitConfig(steps=600, batch_size=64, lr=1e-3, weight_decay=0.1),
-        ppo=PPOConfig(iterations=40, groups=32, microbatch=512, lr_backbone=1e-4, lr_heads=1e-5), validate=ValidateConfig(every=20))
+        ppo=PPOConfig(iterations=40, groups=32, microbatch=512, lr_backbone=1e-4, lr_heads=1e-5),
+        validate=ValidateConfig(every=20))
 
 
 def large() -> TrainConfig:

@@ -7,7 +7,7 @@
 Every stage reads what earlier stages left under runs/libero_object/ and leaves its own folder there. A finished stage is
 skipped; a killed run goes on where it was with the same command. To redo a stage, delete its folder and those after it.
 
-    python train.py --task libero_object                                   # everything, 85 minutes on two slow cores
+    python train.py --task libero_object                                   # everything, 40 to 85 minutes on two cores
     python train.py --task libero_object --preset tiny                     # all stages on two tasks in minutes
 """
 from __future__ import annotations
