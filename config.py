@@ -20,7 +20,7 @@ from world_model import WorldModelConfig
 
 Stage = Literal["demonstrate", "clone", "explore", "simulate", "reflect", "imagine", "evaluate"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
-VALIDATE_SEED = 20_000_000  # first placement of a task that validation plays
+VALIDATE_SEED = 20_000_000  # the first placement that validation plays; a thousand a task
 LEAST = {"num_demos": 1, "validate.episodes": 1, "ppo.groups": 1, "ppo.microbatch": 1, "ppo.group_size": 2,
          "validate.every": 0, "virtual.horizon": 1, "virtual.stop.confirm": 1, "evaluate.stop.confirm": 1,  # frames in a row
          "drift.batch_size": 2, "grasp.batch_size": 2, "reflect.batch_size": 2}  # half of them imagined
@@ -108,8 +108,7 @@ def medium() -> TrainConfig:
         simulate=FitConfig(steps=2000, batch_size=64, lr=8e-4), drift=FitConfig(steps=700, batch_size=64, lr=4e-4),
         grasp=FitConfig(steps=500, batch_size=128, lr=1e-3, weight_decay=0.05),
         reflect=FitConfig(steps=600, batch_size=64, lr=1e-3, weight_decay=0.1),
-        ppo=PPOConfig(iterations=40, groups=32, microbatch=512, lr_backbone=1e-4, lr_heads=1e-5),
-        validate=ValidateConfig(every=20))
+        ppo=PPOConfig(iterations=40, groups=32, microbatch=512), validate=ValidateConfig(every=20))
 
 
 def large() -> TrainConfig:
@@ -119,7 +118,7 @@ def large() -> TrainConfig:
         world_model=WorldModelConfig(image_size=256, patch=4, channels=(128, 256, 384), layers=2),
         simulate=FitConfig(steps=20_000, batch_size=32, lr=3e-4), drift=FitConfig(steps=5_000, batch_size=32, lr=1e-4),
         reflect=FitConfig(steps=2_000, batch_size=32, lr=3e-4, weight_decay=0.1),
-        ppo=PPOConfig(iterations=100, lr_backbone=1e-4, lr_heads=1e-5))
+        ppo=PPOConfig(iterations=100))
 
 
 def stage_settings(config, name) -> dict:

@@ -215,7 +215,7 @@ def measure_world(arguments, run, trained, suite, task_ids, num_procs, device):
     check_settings(folder, {"task": suite, "temperatures": arguments.temperatures, "max_steps": arguments.max_steps,
                             "virtual": asdict(virtual), "hottest": hottest, "weights": fingerprint(policy),
                             "versions": versions()}, keep=True, remedy=REMEDY)
-    contexts = [LiberoContext(task, TEST_SEED + i) for task in task_ids for i in range(arguments.episodes)]
+    contexts = [LiberoContext(task, TEST_SEED + 1000 * task + i) for task in task_ids for i in range(arguments.episodes)]
     temperatures = [arguments.temperatures[context.seed % len(arguments.temperatures)] for context in contexts]
     env = LiberoVectorEnv(suite, num_procs, policy.config.image_size, L, step_limit(suite, arguments.max_steps, L),
                           linger=explored["linger"], mesh_cell=explored["mesh_cell"], device=device)

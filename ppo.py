@@ -56,8 +56,8 @@ class PPOConfig:
     minibatch: int = 0  # chunks in an optimiser step; 0 takes the whole buffer; the paper's 4
     microbatch: int = 64  # chunks in a forward pass (of all processes); gradients add up, so it is memory alone
     clip_coef: float = 0.1  # nothing is gained by a ratio outside 1 ± clip_coef; the paper's 0.1
-    lr_backbone: float = 3e-4  # learning rate of everything but the heads; the paper's, for LoRA on 7B, 1e-4
-    lr_heads: float = 3e-5  # learning rate of the action head and the scale head; the paper's 1e-5
+    lr_backbone: float = 1e-4  # learning rate of everything but the heads: the paper's, for LoRA on 7B
+    lr_heads: float = 1e-5  # learning rate of the action head and the scale head: the paper's
     warmup: int = 8  # optimiser steps of linear warm-up: Adam's first steps move every weight by the whole rate
     lora_rank: int = 0  # 0 trains the whole backbone; above, only low-rank changes of its matrices (the paper's 32)
     train_scale: bool = True  # train the scale head too, as the paper does; else exploration stays as it is

@@ -341,7 +341,8 @@ def imagine(config, run, folder, device):
 
 def validate(config, run, policy, folder, device) -> dict:
     """Success of the greedy policy in both worlds, from the same first frames, and how far apart its hand is in the two."""
-    contexts = [LiberoContext(task, VALIDATE_SEED + n) for task in config.task_ids for n in range(config.validate.episodes)]
+    contexts = [LiberoContext(task, VALIDATE_SEED + 1000 * task + n)  # no hand begins where another task's does
+                for task in config.task_ids for n in range(config.validate.episodes)]
     with closing(true_env(config, device)) as env:
         lines = play(policy, env, contexts, folder, "validate", config.seed)
     data = ChunkData(load_episodes(folder), config.policy.chunk_size, device)
