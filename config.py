@@ -20,7 +20,7 @@ from world_model import WorldModelConfig
 
 Stage = Literal["demonstrate", "clone", "explore", "simulate", "reflect", "imagine", "evaluate"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
-VALIDATE_SEED = 20_000_000  # the first placement that validation plays; a thousand a task
+VALIDATE_SEED = 20_000_000  # where validation's `placements` begin
 LEAST = {"num_demos": 1, "validate.episodes": 1, "ppo.groups": 1, "ppo.microbatch": 1, "ppo.group_size": 2,
          "validate.every": 0, "virtual.horizon": 1, "virtual.stop.confirm": 1, "evaluate.stop.confirm": 1,  # frames in a row
          "drift.batch_size": 2, "grasp.batch_size": 2, "reflect.batch_size": 2}  # half of them imagined

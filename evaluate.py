@@ -41,7 +41,7 @@ from playing import play
 from ppo import rollout
 from reflector import Reflector, StopRule
 from runs import Run, UserError, check_settings, clear_errors, read_json, set_autocast, write_json
-from starts import LiberoContext, start_pools, true_starts
+from starts import LiberoContext, placements, start_pools, true_starts
 from virtual_env import VirtualEnv, VirtualEnvConfig
 from world_model import WorldModel
 
@@ -215,7 +215,7 @@ def measure_world(arguments, run, trained, suite, task_ids, num_procs, device):
     check_settings(folder, {"task": suite, "temperatures": arguments.temperatures, "max_steps": arguments.max_steps,
                             "virtual": asdict(virtual), "hottest": hottest, "weights": fingerprint(policy),
                             "versions": versions()}, keep=True, remedy=REMEDY)
-    contexts = [LiberoContext(task, TEST_SEED + 1000 * task + i) for task in task_ids for i in range(arguments.episodes)]
+    contexts = placements(TEST_SEED, task_ids, arguments.episodes)
     temperatures = [arguments.temperatures[context.seed % len(arguments.temperatures)] for context in contexts]
     env = LiberoVectorEnv(suite, num_procs, policy.config.image_size, L, step_limit(suite, arguments.max_steps, L),
                           linger=explored["linger"], mesh_cell=explored["mesh_cell"], device=device)

@@ -46,6 +46,12 @@ class LiberoContext:
         return len(self.history.executed) if self.history else 0
 
 
+def placements(first, task_ids, count) -> list[LiberoContext]:
+    """`count` fresh ones a task from seed `first` on, tasks a thousand apart: a seed is where the hand begins, too, and
+    hands that begin alike in all tasks tell less than they seem to."""
+    return [LiberoContext(task, first + 1000 * task + number) for task in task_ids for number in range(count)]
+
+
 def true_starts(data: ChunkData, frames, max_steps) -> list[LiberoContext]:
     """The true simulator's start contexts at `frames` of explored episodes; `ChunkData.starts` are imagination's."""
     return [LiberoContext(data.episodes[k].task_id, data.episodes[k].seed, history=data.episodes[k].until(t),

@@ -43,7 +43,7 @@ from ppo import add_lora, improve, make_optimizer, merge_lora, reference_of, rol
 from reflector import Reflector, calibrate, reflector_loss
 from runs import (Run, UserError, check_settings, clear_errors, find_model, fit, load_resume, load_weights, read_json,
                   read_lines, read_log, save_resume, set_autocast, step_generator, write_json)
-from starts import LiberoContext, short_tries, start_frames, true_starts
+from starts import LiberoContext, placements, short_tries, start_frames, true_starts
 from virtual_env import VirtualEnv
 from world_model import Library, WorldModel, grasp_loss, world_model_loss
 
@@ -341,8 +341,7 @@ def imagine(config, run, folder, device):
 
 def validate(config, run, policy, folder, device) -> dict:
     """Success of the greedy policy in both worlds, from the same first frames, and how far apart its hand is in the two."""
-    contexts = [LiberoContext(task, VALIDATE_SEED + 1000 * task + n)  # no hand begins where another task's does
-                for task in config.task_ids for n in range(config.validate.episodes)]
+    contexts = placements(VALIDATE_SEED, config.task_ids, config.validate.episodes)
     with closing(true_env(config, device)) as env:
         lines = play(policy, env, contexts, folder, "validate", config.seed)
     data = ChunkData(load_episodes(folder), config.policy.chunk_size, device)
