@@ -22,7 +22,8 @@ Stage = Literal["demonstrate", "clone", "explore", "simulate", "reflect", "imagi
 STAGES: tuple[Stage, ...] = get_args(Stage)
 VALIDATE_SEED = 20_000_000  # where validation's `placements` begin
 LEAST = {"num_demos": 1, "validate.episodes": 1, "ppo.groups": 1, "ppo.microbatch": 1, "ppo.group_size": 2,
-         "validate.every": 0, "virtual.horizon": 1, "virtual.stop.confirm": 1, "evaluate.stop.confirm": 1,  # frames in a row
+         "validate.every": 0, "explore.stride": 1, "virtual.horizon": 1,
+         "virtual.stop.confirm": 1, "evaluate.stop.confirm": 1,  # frames in a row
          "drift.batch_size": 2, "grasp.batch_size": 2, "reflect.batch_size": 2}  # half of them imagined
 
 
@@ -34,6 +35,7 @@ class ExploreConfig:
     grasps: int = 32  # more placements a task, of which only the first grasp is played
     releases: int = 2  # times that a training episode is taken up again shortly before its fingers first opened again
     persistence: float = 0.8  # of the noise in these two, one draw a chunk as in RL (`PPOConfig`): it makes near misses
+    stride: int = 4  # control steps between stored frames, a divisor of a chunk: twice the views of every grasp
     linger: int = 3  # chunks to go on after the goal is reached, so that there are frames of a task that is done
     mesh_cell: float = 0.006  # m; vertices closer than this are merged in demonstrations and exploration (0: never)
 
@@ -164,6 +166,8 @@ def parse(arguments: list[str]) -> TrainConfig:
             raise UserError(f"--{flag} must be {least} or more")
     if not 0 <= config.seed < 199:
         raise UserError("--seed must be from 0 to 198: placements of higher ones would be those of validation and tests")
+    if config.policy.chunk_size % config.explore.stride:
+        raise UserError(f"--explore.stride must divide a chunk, {config.policy.chunk_size} control steps")
     if config.drift.batch_size % 2:
         raise UserError("--drift.batch_size must be even: half of a batch is imagined")
     if (config.policy.views, config.reflector.views, config.policy.action_dim, config.policy.state_dim) != (2, 2, 7, 8):

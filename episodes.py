@@ -143,7 +143,7 @@ class Episode:
     states: np.ndarray  # (N+1, 8) float32: position m, axis-angle rad, two finger joints m
     actions: np.ndarray  # (S, 7) float32, environment units: what the policy or the expert wanted
     success: np.ndarray  # (N+1,) bool: the task is done in this frame
-    stride: int  # control steps between stored frames: 1 in demonstrations, a chunk in exploration
+    stride: int  # control steps between stored frames: 1 in demonstrations, half a chunk in exploration
     task_id: int
     instruction: str
     source: str  # "demo"; "explore" or "try" in exploration; "imagined"; "check", "evaluate", "test", "closed loop"
@@ -180,9 +180,9 @@ class Episode:
         before = np.pad(self.executed[:offset], ((chunk_size, 0), (0, 0)))[-chunk_size:]
         return Chunked(self.images[frames], self.states[frames], actions, self.success[frames], before)
 
-    def until(self, frame) -> "Episode":
-        """What led to `frame`, that one included."""
-        ends = dict.fromkeys(PER_FRAME, frame + 1) | dict.fromkeys(PER_STEP, frame * self.stride)
+    def until(self, step) -> "Episode":
+        """Its first `step` control steps, up to the frame that was drawn then."""
+        ends = dict.fromkeys(PER_FRAME, step // self.stride + 1) | dict.fromkeys(PER_STEP, step)
         return replace(self, **{name: getattr(self, name)[:end] for name, end in ends.items()})
 
     def followed_by(self, later) -> "Episode":
@@ -283,8 +283,8 @@ class CloneData:
 class ChunkData:
     """Trajectories at chunk boundaries, for the world simulator, the reflector and the start contexts.
 
-    A demonstration holds every frame, so it is cut at every offset below a chunk: eight trajectories each
-    (every_offset=False: one). truth: `episodes` are imagined copies of these; the next pictures to learn are the true ones.
+    A demonstration holds every frame, so it is cut at every offset below a chunk: eight trajectories each, and two of what
+    was explored (every_offset=False: one). truth: `episodes` are imagined copies of these; the next pictures to learn are the true ones.
     `past[k]`, the first frame of track k that is learned from, is above 0 where an episode was taken up again.
     """
 
@@ -320,15 +320,17 @@ class ChunkData:
         return pictures | {"transitions": tuple(value.unflatten(0, (size, M)) for value in steps)}
 
     def grasp_batch(self, size, generator) -> dict:
-        """Frames (B, V, 3, H, W) uint8 and what follows them, as `transitions`: for the fingers alone.
+        """Frames (B, 2, V, 3, H, W) uint8, a chunk ago and now, their states, and what follows: for the fingers alone.
 
         Half of the frames are `undecided` ones of exploration, of all an eighth: a demonstration's fingers never miss.
         """
         half = self._draw(size // 2, generator, self.grasping or self.index)
         picks = half + self._draw(size - len(half), generator)
-        names = ("state", "previous_actions", "actions", "next_state")
-        return dict(zip(names, self.transitions(picks)), task=self.tasks(picks),
-                    images=_stack([self.tracks[k].images[t] for k, t in picks], self.device))
+        seen = [(self.tracks[k], [max(t - 1, 0), t]) for k, t in picks]
+        _, *told = self.transitions(picks)
+        return dict(zip(("previous_actions", "actions", "next_state"), told), task=self.tasks(picks),
+                    images=_stack([track.images[frames] for track, frames in seen], self.device),
+                    states=_stack([track.states[frames] for track, frames in seen], self.device))
 
     def _draw(self, count, generator, index=None):
         index = index or self.index

@@ -8,9 +8,11 @@ surroundings of the hand, as a categorical distribution, because the mean of two
 down on an object stays above it: how much higher than in free air is read off the same way (the lift). What is usual, the
 fingers as they were or as in free air, and no lift, need not be learned bin by bin (`usual`):
 
-    wrist picture, now and warped to the next pose ──┐                   ┌─► P(lift), 4 mm a bin
-    agent view around the hand, now and next ────────┼─► small conv net ─┼─► P(opening), 20 bins
-    both action chunks, height, turn, fingers ───────┴─► usual ──────────┘
+    wrist picture a chunk ago, now, warped to the next pose ──┐                   ┌─► P(lift), 4 mm a bin
+    agent view around the hand, a chunk ago, now, next ───────┼─► small conv net ─┼─► P(opening), 20 bins
+    both action chunks, height, turn, fingers ────────────────┴─► usual ──────────┘
+
+The frame of a chunk ago shows what the fingers close on while they are still open.
 
 Given the true opening alone, the simulator's false successes fell from 11 of 14 to 4 (ABLATIONS.md): pictures that
 follow the fingers are easy, it is the mean of "holds it" and "holds nothing" that imagines every grasp a good one.
@@ -120,8 +122,8 @@ class GraspPredictor(nn.Module):
     def __init__(self, chunk_size: int, image_size: int, channels: int, dropout: float):
         super().__init__()
         C, D = channels, 4 * channels
-        self.embed = nn.Sequential(nn.Linear(14 * chunk_size + 2 * STATE_FEATURES, D), nn.SiLU(), nn.Linear(D, D))
-        self.stem = nn.Conv2d(4 * 3 + 1, C, 6, stride=4, padding=1)
+        self.embed = nn.Sequential(nn.Linear(14 * chunk_size + 3 * STATE_FEATURES, D), nn.SiLU(), nn.Linear(D, D))
+        self.stem = nn.Conv2d(6 * 3 + 1, C, 6, stride=4, padding=1)
         self.block1 = ResnetBlock2D(in_channels=C, temb_channels=D, groups=8, dropout=dropout)
         self.down = nn.Conv2d(C, 2 * C, 3, stride=2, padding=1)
         self.block2 = ResnetBlock2D(in_channels=2 * C, temb_channels=D, groups=8, dropout=dropout)
@@ -135,7 +137,7 @@ class GraspPredictor(nn.Module):
             self.usual.bias.copy_(torch.tensor([1.0, 3.0, 3.0]))
 
     def forward(self, pictures: Tensor, features: Tensor, now: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures (B, 13, H, W) and features (B, 14 L + 20) of `surroundings`, openings (B,) now and in free air -> logits
+        """Pictures (B, 19, H, W) and features (B, 14 L + 30) of `surroundings`, openings (B,) now and in free air -> logits
         and places (B, 2, BINS); a place is 0 at its bin's lower edge, 1 at the upper one."""
         embedding = self.embed(features)
         x = self.block1(self.stem(pictures), embedding)  # (B, C, H/4, W/4)
@@ -151,19 +153,20 @@ class GraspPredictor(nn.Module):
         return logits, nearest + torch.stack(places, dim=1)
 
 
-def surroundings(images: Tensor, state: Tensor, next_pose: Tensor, previous_actions: Tensor, actions: Tensor,
+def surroundings(images: Tensor, states: Tensor, next_pose: Tensor, previous_actions: Tensor, actions: Tensor,
                  cameras: Cameras, normalizer: Normalizer) -> tuple[Tensor, Tensor]:
-    """What a grasp depends on, as seen from the hand: pictures (B, 13, H, W), features (B, 14 L + 20).
+    """What a grasp depends on, as seen from the hand: pictures (B, 19, H, W), features (B, 14 L + 30).
 
-    images (B, V, 3, H, W) in [-1, 1]; next_pose (B, 8): `state` after the chunk in free air. Where the hand is over
-    the table is left out: a grasp here is a grasp there, which makes examples of all.
+    images (B, 2, V, 3, H, W) in [-1, 1] and states (B, 2, 8): a chunk ago and now; next_pose (B, 8): after the next one in
+    free air. Where the hand is over the table is left out: a grasp here is a grasp there, which makes examples of all.
     """
-    agent, wrist = images[:, 0], images[:, 1]
+    (before, state), (agent, wrist) = states.unbind(1), images[:, 1].unbind(1)
     warped, seen = warp_wrist(wrist, state, next_pose, cameras.wrist, cameras.plane_z)
-    pictures = [around_hand(agent, pose, cameras) for pose in (state, next_pose)] + [wrist, warped * seen, seen]
-    now, then = (state_features(pose, normalizer) for pose in (state, next_pose))
+    views = ((images[:, 0, 0], before), (agent, state), (agent, next_pose))
+    pictures = [around_hand(view, pose, cameras) for view, pose in views] + [images[:, 0, 1], wrist, warped * seen, seen]
+    past, now, then = (state_features(pose, normalizer) for pose in (before, state, next_pose))
     at_home = torch.cat([torch.zeros_like(now[:, :2]), now[:, 2:]], dim=1)
-    numbers = [previous_actions.flatten(1), actions.flatten(1), at_home, 4 * (then - now)]
+    numbers = [previous_actions.flatten(1), actions.flatten(1), 4 * (now - past), at_home, 4 * (then - now)]
     return torch.cat(pictures, dim=1), torch.cat(numbers, dim=1)
 
 

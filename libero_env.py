@@ -1,10 +1,10 @@
 """LIBERO, the true simulator, behind the same vector interface as the virtual environment (`virtual_env.VirtualEnv`).
 
-`LiberoTask` is one simulated task in this process. `LiberoVectorEnv` runs one such task in each of B worker processes
-and steps them by action chunks: Gymnasium's vector API, with contexts in `reset` and a leading chunk axis in actions.
+`LiberoTask` is one simulated task in this process, `LiberoVectorEnv` one in each of B worker processes, stepped by action
+chunks: Gymnasium's vector API, with contexts in `reset` and a leading chunk axis in actions.
 
-What costs time here (ABLATIONS.md, "Where a true episode's time goes"): a picture costs what its 310,000 triangles cost,
-whatever its size, so frames are drawn at chunk boundaries only, and `mesh_cell` merges vertices closer than a few
+A picture costs what its 310,000 triangles cost, whatever its size (ABLATIONS.md, "Where a true episode's time goes"). So
+frames are drawn at chunk boundaries, in exploration twice a chunk, and `mesh_cell` merges vertices closer than a few
 millimetres for demonstrations and exploration. Evaluation draws the standard meshes.
 
 Shapes: B slots, V camera views, L action-chunk length, C, H, W image.
@@ -69,7 +69,7 @@ def initial_states(suite, task_id) -> np.ndarray:
 
 @contextlib.contextmanager
 def _quiet():
-    """Keep LIBERO's and robosuite's import chatter out of the user's sight; errors still rise."""
+    """Keep LIBERO's and robosuite's import chatter out of the user's sight."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
 
@@ -88,8 +88,7 @@ class LiberoTask:
         benchmark = load_suite(suite)
         if not 0 <= task_id < benchmark.n_tasks:
             raise UserError(f"{suite} has no task {task_id}: its tasks are 0 to {benchmark.n_tasks - 1}")
-        self.suite, self.task_id, self.mesh_cell = suite, task_id, mesh_cell
-        self.render_size = max(RENDER_SIZE, image_size)
+        self.suite, self.task_id, self.mesh_cell, self.render_size = suite, task_id, mesh_cell, max(RENDER_SIZE, image_size)
         self.name, self.instruction = benchmark.get_task(task_id).name, benchmark.get_task(task_id).language
         with _quiet():
             from libero.libero.envs.env_wrapper import ControlEnv
@@ -211,7 +210,7 @@ class LiberoTask:
             plane_z=0.0 if self.env.env._arena_type == "floor" else float(self.env.env.workspace_offset[2]))
 
     def close(self):
-        if self._renderer is not None:
+        if self._renderer:
             self._renderer.close()
         self.env.close()
 
@@ -250,24 +249,24 @@ def shrink(frames, size) -> np.ndarray:
 # B tasks in B processes
 # ---------------------------------------------------------------------------------------------------------------------
 class LiberoVectorEnv(gymnasium.vector.VectorEnv):
-    """One LIBERO task in each of `num_envs` processes, stepped by action chunks.
-
-    reset(contexts, mask) -> obs, info;  step(actions (B, L, 7)) -> obs, reward, terminated, truncated, info
+    """One LIBERO task in each of `num_envs` processes: reset(contexts, mask) -> obs, info; step(actions (B, L, 7)) -> obs,
+    reward, terminated, truncated, info.
     obs: images uint8 (B, V, 3, H, W), state (B, 8), instruction list[str]; tensors on `device`.
     info: success (B,) the goal holds in this frame, score (B,) the reflector's P(done) for it, NaN without a reflector.
     stop: what ends an episode before the step limit.  "oracle": the goal was reached, `linger` chunks ago.
           "self": the reflector has stopped (`rule`: StopRule).  "both": both, so that one episode tells what either stop
           would have given.  "none": nothing, and it tells that, too. The reward is 1 where the goal held at any step;
           with "self" and "none", where it holds at the end.
+    stride: control steps between the frames that `recorded` gives, a divisor of chunk_size (default: that).
     """
     metadata = {"autoreset_mode": gymnasium.vector.AutoresetMode.DISABLED}
 
     def __init__(self, suite, num_envs, image_size=64, chunk_size=8, max_steps=None, stop="oracle", linger=0,
-                 mesh_cell=0.0, reflector=None, rule=None, device="cpu"):
+                 mesh_cell=0.0, reflector=None, rule=None, device="cpu", stride=None):
         if stop != "oracle" and (reflector is None or rule is None):
             raise ValueError(f"stop='{stop}' needs a reflector and its rule")
         self.suite, self.num_envs, self.device = suite, num_envs, torch.device(device)
-        self.chunk_size, self.max_steps = chunk_size, step_limit(suite, max_steps)
+        self.chunk_size, self.stride, self.max_steps = chunk_size, stride or chunk_size, step_limit(suite, max_steps)
         self.stop, self.linger, self.reflector, self.rule = stop, linger, reflector, rule
         frame = gymnasium.spaces.Box(0, 255, (len(CAMERAS), 3, image_size, image_size), np.uint8)
         self.single_observation_space = gymnasium.spaces.Dict({
@@ -276,8 +275,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
         self.single_action_space = gymnasium.spaces.Box(-1, 1, (chunk_size, 7), np.float32)
         self.observation_space, self.action_space = (gymnasium.vector.utils.batch_space(space, num_envs) for space in
                                                      (self.single_observation_space, self.single_action_space))
-        context = multiprocessing.get_context("spawn")
-        self._pipes, self._processes = [], []
+        context, self._pipes, self._processes = multiprocessing.get_context("spawn"), [], []
         for _ in range(num_envs):
             here, there = context.Pipe()
             self._processes.append(context.Process(target=_worker, args=(there, suite, image_size, mesh_cell), daemon=True))
@@ -298,7 +296,8 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
             self._slots[i] = {"first": images, "previous": images, "images": images, "state": state, "steps": 0,
                               "max_steps": contexts[i].max_steps or self.max_steps, "instruction": instruction,
                               "fingers": np.full(8, opening(state), np.float32), "reached": None,
-                              "since": 0, "scores": [], "over": False}
+                              "since": 0, "scores": [], "over": False,
+                              "record": [(images[None], state[None], np.zeros(0, bool))]}
         return self._observe(), {}
 
     def step(self, actions):
@@ -306,24 +305,25 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
         actions = actions.float().cpu().numpy()
         playing = [i for i, slot in enumerate(self._slots) if slot and not slot["over"]]
         for i in playing:
-            self._pipe(i, "send", ("chunk", actions[i, :self._slots[i]["max_steps"] - self._slots[i]["steps"]]))
-        reward, terminated, truncated = torch.zeros(self.num_envs), *torch.zeros(2, self.num_envs, dtype=torch.bool)
-        success = torch.zeros(self.num_envs, dtype=torch.bool)
+            self._pipe(i, "send", ("chunk", actions[i, :self._slots[i]["max_steps"] - self._slots[i]["steps"]], self.stride))
+        terminated, truncated, success = torch.zeros(3, self.num_envs, dtype=torch.bool)
+        reward = torch.zeros(self.num_envs)
         for i in playing:
-            slot, (images, state, held) = self._slots[i], self._receive(i)
+            slot, (images, states, held) = self._slots[i], self._receive(i)
             slot["since"] += slot["reached"] is not None  # chunks since the goal was first reached
             if held.any() and slot["reached"] is None:
                 slot["reached"] = slot["steps"] + int(held.argmax()) + 1
-            slot |= {"previous": slot["images"], "images": images, "state": state, "steps": slot["steps"] + len(held),
-                     "fingers": np.append(opening(state), slot["fingers"][:-1])}  # as `finger_history` has it
+            slot["record"].append((images, states, held[self.stride - 1::self.stride]))
+            fingers = np.append(opening(states[-1]), slot["fingers"][:-1])  # as `finger_history` has it
+            slot |= {"previous": slot["images"], "images": images[-1], "state": states[-1], "fingers": fingers,
+                     "steps": slot["steps"] + len(held)}
             success[i] = bool(held[-1])
         info = self._info(success)
         for i in playing:
             slot = self._slots[i]
             slot["scores"].append(float(info["score"][i]))
             stopped = self.stop != "oracle" and bool(self.rule.stops(np.array(slot["scores"])).any())
-            once = slot["reached"] is not None
-            enough = once and slot["since"] >= self.linger
+            enough = (once := slot["reached"] is not None) and slot["since"] >= self.linger
             terminated[i] = {"oracle": enough, "self": stopped, "both": enough and stopped, "none": False}[self.stop]
             truncated[i] = slot["steps"] >= slot["max_steps"] and not terminated[i]
             slot["over"] = bool(terminated[i] or truncated[i])
@@ -333,6 +333,10 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
     def lengths(self, i) -> tuple[int, int | None]:
         """Control steps of slot i's episode so far, and after how many of them its goal first held."""
         return self._slots[i]["steps"], self._slots[i]["reached"]
+
+    def recorded(self, i, chunks) -> list[np.ndarray]:
+        """Images (N+1, V, 3, H, W), states (N+1, 8), goal held (N,) every `stride` steps of slot i's first whole chunks."""
+        return [np.concatenate(values) for values in zip(*self._slots[i]["record"][:chunks + 1])]
 
     def single_slots(self) -> list["LiberoVectorEnv"]:
         """Each process as an environment of one slot, so that each can play at its own pace, in a thread of its own."""
@@ -403,8 +407,12 @@ def _worker(pipe, suite, image_size, mesh_cell):
                     task.step(action)
                 reply = shrink(task.render(), image_size), task.state(), task.instruction
             else:
-                held = np.array([task.step(action) for action in arguments[0]])
-                reply = shrink(task.render(), image_size), task.state(), held
+                actions, stride = arguments
+                held, drawn = [], []
+                for part in np.split(actions, range(stride, len(actions), stride)):
+                    held += [task.step(action) for action in part]
+                    drawn.append((shrink(task.render(), image_size), task.state()))
+                reply = *map(np.stack, zip(*drawn)), np.array(held)
             pipe.send(("ok", reply))
         except UserError as error:
             pipe.send(("user_error", str(error)))

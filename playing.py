@@ -142,9 +142,9 @@ def save_episode(played, path, context, source, env, temperature) -> dict:
     success, score = played.success[0, :T].cpu().numpy(), played.score[0, :T].cpu().numpy()
     first = context.history is not None and bool(context.history.success[-1])  # is the task done where it begins?
     whole = min(T, (context.max_steps or env.max_steps) // env.chunk_size)  # a last chunk cut short by the limit is not kept
-    episode = Episode(images=played.images[0, :whole + 1].cpu().numpy(), states=played.states[0, :whole + 1].cpu().numpy(),
-                      actions=played.env_actions[0, :whole].flatten(0, 1).cpu().numpy(),
-                      success=np.concatenate([[first], success[:whole]]), stride=env.chunk_size, task_id=context.task_id,
+    images, states, held = env.recorded(0, whole)
+    episode = Episode(images=images, states=states, actions=played.env_actions[0, :whole].flatten(0, 1).cpu().numpy(),
+                      success=np.concatenate([[first], held]), stride=env.stride, task_id=context.task_id,
                       instruction=played.instruction[0], source=source, seed=context.seed, temperature=temperature)
     (context.history.followed_by(episode) if context.history else episode).save(path)
     steps, reached = env.lengths(0)

@@ -53,9 +53,10 @@ def placements(first, task_ids, count) -> list[LiberoContext]:
 
 
 def true_starts(data: ChunkData, frames, max_steps) -> list[LiberoContext]:
-    """The true simulator's start contexts at `frames` of explored episodes; `ChunkData.starts` are imagination's."""
-    return [LiberoContext(data.episodes[k].task_id, data.episodes[k].seed, history=data.episodes[k].until(t),
-                          max_steps=max_steps) for k, t in frames]
+    """The true simulator's start contexts at `frames` of explored episodes, which `data` cuts once; `ChunkData.starts` are
+    imagination's."""
+    return [LiberoContext(data.episodes[k].task_id, data.episodes[k].seed,
+                          history=data.episodes[k].until(t * data.chunk_size), max_steps=max_steps) for k, t in frames]
 
 
 def start_pools(data: ChunkData) -> dict[tuple[str, int], list[tuple[int, int]]]:
@@ -104,7 +105,8 @@ def short_tries(episodes, config) -> list[LiberoContext]:
     training episodes again, from one to three chunks before their fingers first opened again to three chunks after; where
     the goal is reached before they open (in the basket, and still in the hand), they show what remains done.
     """
-    contexts, L, moments = [], config.policy.chunk_size, [finger_moments(episode.states) for episode in episodes]
+    contexts, L = [], config.policy.chunk_size
+    moments = [finger_moments(episode.chunks(L).states) for episode in episodes]
     for task in config.task_ids:
         last = max((episode.seed for episode in episodes if episode.task_id == task), default=0)
         closed = sorted(found["contact"][0] for episode, found in zip(episodes, moments)
@@ -116,6 +118,6 @@ def short_tries(episodes, config) -> list[LiberoContext]:
             continue
         for moment, take in product(found["release"][:1], range(1, 1 + config.explore.releases)):
             start = max(0, moment - 1 - (number + take) % 3)
-            contexts.append(LiberoContext(episode.task_id, episode.seed, history=episode.until(start), take=take,
+            contexts.append(LiberoContext(episode.task_id, episode.seed, history=episode.until(start * L), take=take,
                                           max_steps=(moment + 3 - start) * L))
     return contexts

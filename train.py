@@ -173,7 +173,7 @@ def explore(config, run, folder, device):
         before = read_lines(Path(config.refresh) / "explore" / "episodes.jsonl")
         first = 1000 * (1 + max(line["seed"] for line in before) // 1000)
     contexts = [LiberoContext(task, first + number) for task in config.task_ids for number in range(config.explore.episodes)]
-    with closing(true_env(config, device, config.explore.linger)) as env:
+    with closing(true_env(config, device, config.explore.linger, config.explore.stride)) as env:
         temperatures = [levels[x.seed % 1000 % len(levels)] for x in contexts]
         lines = play(policy, env, contexts, folder, "explore", config.seed, temperatures)
         tries = short_tries([Episode.load(folder / line["file"]) for line in lines], config)
@@ -183,11 +183,11 @@ def explore(config, run, folder, device):
     print(f"explore: {sum(line['oracle_stop'] for line in lines)} of {len(lines)} episodes succeeded")
 
 
-def true_env(config, device, linger=0) -> LiberoVectorEnv:
+def true_env(config, device, linger=0, stride=None) -> LiberoVectorEnv:
     """The true simulator as exploration and RL use it: quicker meshes, whole chunks."""
     L, limit = config.policy.chunk_size, step_limit(config.task, config.max_steps, config.policy.chunk_size)
     return LiberoVectorEnv(config.task, config.num_procs, config.policy.image_size, L, limit, linger=linger,
-                           mesh_cell=config.explore.mesh_cell, device=device)
+                           mesh_cell=config.explore.mesh_cell, device=device, stride=stride)
 
 
 def demonstrations(run):
@@ -357,7 +357,8 @@ def recorded_starts(config, run, device):
     mild = [episode for episode in training if episode.temperature <= config.start.hottest]
     # What the true simulator takes up again must be its own: a demonstration may be somebody's file.
     shown = config.rl_env == "virtual" and (config.start.demonstrations or not mild)
-    data = ChunkData((demonstrations(run) if shown else []) + mild, config.policy.chunk_size, device)
+    data = ChunkData((demonstrations(run) if shown else []) + mild, config.policy.chunk_size, device,
+                     every_offset=config.rl_env == "virtual")
     return data, start_frames(data, training, config.start, config.task_ids)
 
 

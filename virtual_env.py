@@ -128,8 +128,9 @@ class VirtualEnv(gym.vector.VectorEnv):
         time, task = self.time[slots], self.task[slots]
         memory = slots[:, None], memory_index(time, self.states[slots])  # (b, 1), (b, F)
         if next_state is None:
-            next_state = self.model.predict_state(self.frames[slots, time], self.states[slots, time],
-                                                  self.previous_actions[slots], actions, self.quantile[slots], task)
+            last = slots[:, None], torch.stack([(time - 1).clamp(min=0), time], dim=1)
+            next_state = self.model.predict_state(self.frames[last], self.states[last], self.previous_actions[slots],
+                                                  actions, self.quantile[slots], task)
         images = self.model.sample(self.frames[memory], self.states[memory], next_state, actions, noise, task,
                                    self.scene[slots])
         self.frames[slots, time + 1], self.states[slots, time + 1] = images, next_state

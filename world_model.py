@@ -201,25 +201,26 @@ class WorldModel(nn.Module):
         change = self.pose_predictor(state_features(state, self.normalizer), previous_actions, actions)
         return with_fingers(moved(state, change), free_opening(opening(state), previous_actions, actions))
 
-    def grasp_logits(self, images: Tensor, state: Tensor, previous_actions: Tensor, actions: Tensor,
+    def grasp_logits(self, images: Tensor, states: Tensor, previous_actions: Tensor, actions: Tensor,
                      task: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`predict_pose`; logits and places (B, 2, BINS) of fingers and lift. images (B, V, 3, H, W) in [-1, 1]"""
+        """`predict_pose`; logits and places (B, 2, BINS) of fingers and lift. images (B, 2, V, 3, H, W) in [-1, 1]"""
+        state = states[:, 1]
         with torch.no_grad():  # `free_air_loss` trains it
             next_pose = self.predict_pose(state, previous_actions, actions)
         cameras = self.cameras.of(task)
-        seen = surroundings(images, state, next_pose, previous_actions, actions, cameras, self.normalizer)
+        seen = surroundings(images, states, next_pose, previous_actions, actions, cameras, self.normalizer)
         return next_pose, *self.grasp_predictor(*seen, opening(state), opening(next_pose))
 
     @torch.no_grad()
-    def predict_state(self, images: Tensor, state: Tensor, previous_actions: Tensor, actions: Tensor,
+    def predict_state(self, images: Tensor, states: Tensor, previous_actions: Tensor, actions: Tensor,
                       uniform: Tensor, task: Tensor) -> Tensor:
         """The state (B, 8) after a chunk.
 
-        images uint8 (B, V, 3, H, W) and state (B, 8) are now; previous_actions and actions (B, L, 7) are the chunk that
-        led here and the one to play; uniform (B,) in [0, 1] draws the fingers' opening, 0.5 for the median; task (B,)
-        tells the scene.
+        images uint8 (B, 2, V, 3, H, W) and states (B, 2, 8) are a chunk ago and now (an episode's first: twice that);
+        previous_actions and actions (B, L, 7) are the chunk that led here and the one to play; uniform (B,) in [0, 1] draws
+        the fingers' opening, 0.5 for the median; task (B,) tells the scene.
         """
-        return in_contact(*self.grasp_logits(to_float(images), state, previous_actions, actions, task), uniform)
+        return in_contact(*self.grasp_logits(to_float(images), states, previous_actions, actions, task), uniform)
 
     def condition(self, memory: Tensor, memory_states: Tensor, next_state: Tensor, task: Tensor,
                   scene: Tensor) -> tuple[Tensor, Tensor]:
@@ -380,7 +381,7 @@ def grasp_loss(model: WorldModel, batch: dict, generator: torch.Generator, rows=
     batch: `ChunkData.grasp_batch`, true and imagined pictures.
     """
     images = noised(to_float(batch["images"]), model.config.memory_noise, generator)[rows]
-    told = (batch[name][rows] for name in ("state", "previous_actions", "actions", "task"))
+    told = (batch[name][rows] for name in ("states", "previous_actions", "actions", "task"))
     pose, logits, places = model.grasp_logits(images, *told)
     target, place = contact_bins(pose, batch["next_state"][rows])  # (B, 2)
     fingers, lift = (F.cross_entropy(logits[:, i], target[:, i]) for i in range(2))

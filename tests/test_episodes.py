@@ -69,7 +69,7 @@ def test_a_batch_tells_whose_scene_a_row_is_of():
     data = ChunkData([replace(make_episode(stride=8), task_id=task, states=np.full((6, 8), task, np.float32))
                       for task in (2, 5)], 8, "cpu")
     for batch, states in ((data.world_batch(9, torch.Generator().manual_seed(0)), "next_state"),
-                          (data.grasp_batch(9, torch.Generator().manual_seed(0)), "state")):
+                          (data.grasp_batch(9, torch.Generator().manual_seed(0)), "next_state")):
         assert batch["task"].tolist() == batch[states][:, 0].tolist() and len(batch["task"].unique()) == 2
     picks = [(0, 1), (1, 0)]
     assert data.pictures(picks)["scene"].tolist() == [context.scene for context in data.starts(picks)] == [2_000_000_000, 5_000_000_000]
@@ -86,19 +86,23 @@ def test_two_batches_are_joined_row_by_row():
     assert joined({"words": ["a"]}, {"words": ["b", "c"]}) == {"words": ["a", "b", "c"]}
 
 
-def test_demonstrations_are_cut_at_every_offset_and_exploration_once():
-    assert len(ChunkData([make_episode(stride=1)], 8, "cpu").tracks) == 8
-    assert len(ChunkData([make_episode(stride=8)], 8, "cpu").tracks) == 1
+def test_an_episode_is_cut_at_every_offset_that_it_has_frames_of():
+    for stride in (1, 4, 8):
+        data = ChunkData([make_episode(stride=stride)], 8, "cpu")
+        assert [track.images[0, 0, 0, 0, 0] for track in data.tracks] == list(range(0, 8, stride))
+        assert all((np.diff(track.images[:, 0, 0, 0, 0]) == 8).all() for track in data.tracks)
+    assert len(ChunkData([make_episode(stride=4)], 8, "cpu", every_offset=False).tracks) == 1
 
 
 def test_an_episode_taken_up_again_remembers_its_past_and_teaches_what_came_after(tmp_path):
     whole, later = make_episode(stride=8), make_episode(stride=8)
     for name in ("images", "states", "actions"):
         getattr(later, name)[:] += 100
-    again = whole.until(2).followed_by(later)
+    assert make_episode(stride=4).until(16).images[:, 0, 0, 0, 0].tolist() == [0, 4, 8, 12, 16]
+    again = whole.until(16).followed_by(later)
     assert again.images[:, 0, 0, 0, 0].tolist() == again.states[:, 0].tolist() == [0, 8, *range(100, 141, 8)]
     assert again.actions[:, 0].tolist() == [*range(16), *range(100, 140)] and again.success.tolist() == [False] * 6 + [True] * 2
-    assert again.achieved and whole.achieved and not whole.until(3).achieved
+    assert again.achieved and whole.achieved and not whole.until(24).achieved
     assert not replace(again, past=6).achieved, "it was, before the episode was taken up again"
     again.save(tmp_path / "again.npz")
     data = ChunkData([Episode.load(tmp_path / "again.npz")], 8, "cpu")
@@ -199,8 +203,8 @@ def test_half_of_a_grasp_batch_is_of_fingers_that_close_and_have_not_come_to_res
     demonstrated, episode.temperature = replace(episode), 2.0
     data = ChunkData([demonstrated, episode], 8, "cpu")
     assert data.grasping == [(1, 1), (1, 2), (1, 3)], "of exploration alone"
-    before = data.grasp_batch(400, torch.Generator().manual_seed(0))["state"][:, 6]
+    before = data.grasp_batch(400, torch.Generator().manual_seed(0))["states"][:, 1, 6]
     count = torch.isclose(before, torch.tensor(0.05)).sum()  # frame 2 alone
     assert 72 < count < 115, "a third of one half, an eighth of the other"
     episode.executed[:, 6] = -1
-    assert len(ChunkData([episode], 8, "cpu").grasp_batch(4, torch.Generator())["state"]) == 4, "fingers that never close"
+    assert len(ChunkData([episode], 8, "cpu").grasp_batch(4, torch.Generator())["states"]) == 4, "fingers that never close"

@@ -30,7 +30,8 @@ class Mover(torch.nn.Module):
         self.diffused = (6, SIZE, SIZE)
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
-    def predict_state(self, images, state, previous_actions, actions, uniform, task):
+    def predict_state(self, images, states, previous_actions, actions, uniform, task):
+        state = states[:, 1]
         return torch.cat([state[:, :1] + 0.01 * actions[:, 0, :1], state[:, 1:]], dim=1)
 
     def sample(self, memory, memory_states, next_state, actions, noise, task, scene):
@@ -85,7 +86,7 @@ def test_a_perfect_world_has_no_error_whatever_the_lengths_and_other_actions_are
         assert np.array_equal(frames, track.images) and np.allclose(states, track.states, atol=1e-6)
         assert np.isnan(scores).all() and len(scores) == len(track.actions)
     lost = Mover()
-    lost.predict_state = lambda images, state, *_: state + 1
+    lost.predict_state = lambda images, states, *_: states[:, 1] + 1
     for track, (frames, states, _) in zip(data.tracks, open_loop(lost, None, data, [(k, 0) for k in range(4)], 10, true_states=True)):
         assert np.array_equal(states, track.states), "the robot goes where it truly went"
     (levels, _, _), = open_loop(Mover(), None, data, [(1, 0)], 10, [(3, 1)])
@@ -121,7 +122,7 @@ def test_an_imagined_episode_keeps_its_true_labels_and_verdicts_are_compared_wit
     assert all(np.array_equal(a.success, b.success) and a.source == "imagined" for a, b in zip(imagined, EPISODES))
     right = outcome_agreement(scores, EPISODES, ONE)
     assert right["agreement"]["count"] == 4 and right["missed_success"]["of"] == 2
-    taken_up = EPISODES[0].until(2).followed_by(episode([-1, 2], start=200))  # its first two chunks are not Mover's
+    taken_up = EPISODES[0].until(2 * L).followed_by(episode([-1, 2], start=200))  # its first two chunks are not Mover's
     (again,), (score,) = imagine_episodes(Mover(), Bright(), [taken_up])
     assert np.array_equal(again.images, taken_up.images) and again.past == 2 and len(score) == 2
     wrong = [np.array([0.1]), np.array([0.9]), np.array([0.2, 0.6]), np.array([0.7])]  # truth: yes, yes, no, no

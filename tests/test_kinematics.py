@@ -119,18 +119,20 @@ def test_what_surrounds_the_hand_moves_with_it():
     assert not torch.allclose(around_hand(image, there, CAMERAS)[middle], around_hand(carried, there, CAMERAS)[middle], atol=0.3)
 
 
-def test_a_grasp_is_learned_from_the_wrist_picture():
+@pytest.mark.parametrize("when", [0, 1])
+def test_a_grasp_is_learned_from_the_wrist_picture_of_now_or_of_a_chunk_ago(when):
     """Fingers that close: on an object where the wrist picture is bright in its middle, else on nothing. It lifts the hand."""
     torch.manual_seed(0)
     B, net = 16, GraspPredictor(4, 32, 8, dropout=0.0)
     holds = torch.arange(B) % 2 == 0
-    images = (torch.rand(1, 2, 3, 32, 32) - 1).repeat(B, 1, 1, 1, 1)  # alike: nothing else tells them apart
-    images[holds, 1, :, 12:20, 12:20] += 1
+    images = (torch.rand(1, 2, 2, 3, 32, 32) - 1).repeat(B, 1, 1, 1, 1, 1)  # alike: nothing else tells them apart
+    images[holds, when, 1, :, 12:20, 12:20] += 1
     state, actions = START.expand(B, 8), torch.ones(B, 4, 7)
     there = holding(0.04 * holds.float())
     there[:, 2] += 0.03 * holds
     target, place = contact_bins(state, there)
-    inputs = *surroundings(images, state, state, actions, actions, CAMERAS, NORMALIZER), opening(state), torch.zeros(B)
+    states = state[:, None].expand(B, 2, 8)
+    inputs = *surroundings(images, states, state, actions, actions, CAMERAS, NORMALIZER), opening(state), torch.zeros(B)
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-3)
     for _ in range(90):
         logits, places = net(*inputs)
@@ -151,8 +153,9 @@ def test_fingers_can_be_told_to_stay_where_they_are_or_to_move_freely(which):
         net.usual.bias[:2] = 0
         net.usual.bias[which] = 50
     now, free = (apart, apart.flip(0))[::1 - 2 * which]
-    state, images, actions = holding(now), torch.rand(16, 2, 3, 32, 32) - 1, torch.ones(16, 4, 7)
-    logits, places = net(*surroundings(images, state, state, actions, actions, CAMERAS, NORMALIZER), now, free)
+    state, images, actions = holding(now), torch.rand(16, 2, 2, 3, 32, 32) - 1, torch.ones(16, 4, 7)
+    states = torch.stack([state, state], dim=1)
+    logits, places = net(*surroundings(images, states, state, actions, actions, CAMERAS, NORMALIZER), now, free)
     for place in (0.1, 0.5, 0.9):  # until it has learned otherwise, exactly there
         found = quantile(logits[:, 0], places[:, 0], torch.full((16,), place))
         assert (found - openness((now, free)[which])).abs().max() < (1e-5 if place == 0.5 else 1 / BINS)

@@ -191,14 +191,19 @@ class Listener:
 
 def test_an_episode_is_taken_up_again_where_its_history_ends_and_is_cut_off_in_time():
     listener = Listener()
-    env = LiberoVectorEnv("libero_object", 1, mesh_cell=0.006, reflector=listener)
+    env = LiberoVectorEnv("libero_object", 1, mesh_cell=0.006, reflector=listener, stride=4)
     try:
         actions = torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, (1, 3, 8, 7)))
         frames = [env.reset([LiberoContext(0, seed=5)])[0]] + [env.step(actions[:, t])[0] for t in range(3)]
         states = torch.stack([obs["state"][0] for obs in frames])
         assert torch.equal(torch.stack(listener.told), finger_history(states)[1:]) and listener.told[2].unique().numel() > 2
-        shown, steps = (torch.cat([obs["images"] for obs in frames[:3]]).numpy(), actions[0, :2].flatten(0, 1).numpy())
-        history = Episode(shown, states[:3].numpy(), steps, np.zeros(3, bool), 8, 0, "", "explore", 5)
+        images, recorded, held = env.recorded(0, 3)
+        assert len(images) == len(recorded) == 7 and len(held) == 6 and not held.any(), "two frames a chunk"
+        assert np.array_equal(recorded[::2], states.numpy()) and (images[::2] == torch.cat([obs["images"] for obs in frames]).numpy()).all()
+        assert all(0.2 < np.linalg.norm(b - a) / np.linalg.norm(c - a) < 0.8
+                   for a, b, c in zip(recorded[::2, :3], recorded[1::2, :3], recorded[2::2, :3])), "halfway"
+        steps = actions[0].flatten(0, 1).numpy()
+        history = Episode(images, recorded, steps, np.zeros(7, bool), 4, 0, "", "explore", 5).until(16)
         again, _ = env.reset([LiberoContext(0, seed=5, history=history, max_steps=8)])
         after, _, terminated, truncated, _ = env.step(actions[:, 2])
         for obs, t in ((again, 2), (after, 3)):
@@ -243,7 +248,7 @@ class Simulators:
 
     def recv(self):
         frame, held = (np.zeros((2, 3, 4, 4), np.uint8), np.zeros(8, np.float32)), next(self.said)
-        return "done", (*frame, "" if held is None else np.array([held] * 8))
+        return "done", (*frame, "") if held is None else (*(part[None] for part in frame), np.array([held] * 8))
 
 
 class Second:

@@ -19,7 +19,7 @@ CONTEXTS = [LiberoContext(task, seed) for task in (0, 1, 2) for seed in range(3)
 
 class Slot:
     """Episodes of three chunks, or as long as their context says; the state is the sum of all actions."""
-    num_envs, chunk_size, max_steps, rule, stop = 1, 2, 6, None, "oracle"
+    num_envs, chunk_size, stride, max_steps, rule, stop = 1, 2, 2, 6, None, "oracle"
 
     def __init__(self, broken, log):
         self.broken, self.log = broken, log
@@ -34,16 +34,22 @@ class Slot:
             raise RuntimeError("the simulator died")
         self.log.append(context.task_id)
         self.state = torch.full((1, 8), float(context.task_id + context.seed))
+        self.record = [self.state]
         return self.observe(), {}
 
     def step(self, actions):
         self.steps += 2
         self.state = self.state + actions.sum()
+        self.record.append(self.state)
         over = torch.tensor([self.steps == self.last])
         return self.observe(), over.float(), over & False, over, {"score": torch.tensor([float("nan")]), "success": over}
 
     def lengths(self, i):
         return self.steps, self.steps
+
+    def recorded(self, i, chunks):
+        states = torch.cat(self.record[:chunks + 1]).numpy()
+        return np.zeros((chunks + 1, 1, 3, 2, 2), np.uint8), states, np.arange(1, chunks + 1) * 2 == self.last
 
 
 class Env(Slot):
@@ -135,7 +141,7 @@ def test_a_line_that_a_kill_cut_short_is_played_again(tmp_path):
 def test_an_episode_taken_up_again_is_kept_with_what_led_to_it(tmp_path):
     played(tmp_path, Env(1), CONTEXTS[:1])
     first = Episode.load(tmp_path / "task00_seed000000.npz")
-    again = LiberoContext(0, 0, history=first.until(2), take=1)
+    again = LiberoContext(0, 0, history=first.until(4), take=1)
     (line,) = play(Noisy(), Env(1), [again], tmp_path, "test", 0, [1.0])
     kept = Episode.load(tmp_path / line["file"])
     assert line["before"] == 4 and kept.past == 2 and len(kept.images) == 6 and len(kept.actions) == 4 + 6

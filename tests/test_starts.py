@@ -21,6 +21,12 @@ def explored_episode(**fields):
     return Episode(**values | fields)
 
 
+def twice_as_many_frames(episode):
+    """The same with frames in the middle of every chunk, as exploration stores them."""
+    return replace(episode, stride=4, **{name: np.repeat(getattr(episode, name), 2, axis=0)[1:]
+                                         for name in ("images", "states", "success")})
+
+
 def test_rollouts_start_before_contact_and_release_inside_episodes_and_at_their_openings():
     episode = explored_episode()
     pools = start_pools(ChunkData([episode], 8, "cpu"))
@@ -79,7 +85,7 @@ def test_rl_starts_in_demonstrations_unless_told_not_to_and_something_mild_was_e
 
 def recorded(monkeypatch, temperature):
     """A demonstration in state 0 and an explored episode whose state says how hot it was."""
-    played = explored_episode(temperature=temperature)
+    played = twice_as_many_frames(explored_episode(temperature=temperature))
     played.states[:, 0] = temperature
     monkeypatch.setattr(train, "demonstrations", lambda run: [explored_episode(source="demo")])
     monkeypatch.setattr(train, "explored", lambda config, run: ([played], []))
@@ -92,7 +98,7 @@ def test_rl_in_the_true_simulator_takes_explored_episodes_up_again_where_imagina
     starts = draw(200, torch.Generator().manual_seed(0))
     assert {(start.task_id, start.seed, start.max_steps, start.history.source) for start in starts} == {
         (3, 100_009, 160, "explore")}, "not from demonstrations, and as long as in imagination"
-    assert all(start.before == 8 * (len(start.history.images) - 1) for start in starts)
+    assert all(start.before == 4 * (len(start.history.images) - 1) for start in starts)
     assert {start.before // 8 for start in starts} == set(range(1, 7)), "nine in ten before the fingers close, the rest midway"
     assert np.mean([start.before <= 24 for start in starts]) > 0.85
     recorded(monkeypatch, 4.0)
@@ -100,17 +106,18 @@ def test_rl_in_the_true_simulator_takes_explored_episodes_up_again_where_imagina
         train.true_world(TrainConfig(task_ids=(3,), rl_env="libero"), None, "cpu")
 
 
-def test_more_grasps_end_after_the_fingers_closed_and_training_episodes_are_taken_up_again_before_they_let_go():
+@pytest.mark.parametrize("stored, stride", [(lambda episode: episode, 8), (twice_as_many_frames, 4)])
+def test_more_grasps_end_after_the_fingers_closed_and_training_episodes_are_taken_up_again_before_they_let_go(stored, stride):
     never, held_out, let_go = np.zeros((9, 8), np.float32), 100_002, explored_episode(seed=100_010)
     never[:, 6] = 0.08
     let_go.states[7:, 6] = 0.08
     episodes = [explored_episode(), explored_episode(states=never), explored_episode(seed=held_out), let_go]
-    contexts = short_tries(episodes, TrainConfig(task_ids=(3, 4), explore=ExploreConfig(grasps=2)))  # no episode of task 4
+    contexts = short_tries([stored(episode) for episode in episodes], TrainConfig(task_ids=(3, 4), explore=ExploreConfig(grasps=2)))  # no episode of task 4
     grasps, releases = contexts[:2], contexts[2:]
     assert [(context.seed, context.task_id, context.max_steps) for context in grasps] == [(100_011, 3, 64), (100_012, 3, 64)]
     assert not any(context.history for context in grasps)
     assert [(context.seed, context.take) for context in releases] == [(100_010, 1), (100_010, 2)]
     starts = [len(context.history.actions) // 8 for context in releases]
-    assert [len(context.history.images) for context in releases] == [start + 1 for start in starts]
+    assert [len(context.history.images) for context in releases] == [start * 8 // stride + 1 for start in starts]
     assert all(4 <= start <= 6 and start * 8 + context.max_steps == 80 for start, context in zip(starts, releases))
     assert starts[0] != starts[1]

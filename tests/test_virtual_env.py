@@ -139,6 +139,9 @@ def test_a_stop_is_confirmed_by_the_next_frame_and_a_reset_forgets_the_last():
 
 def test_memory_is_first_third_two_thirds_the_grip_and_last():
     class Spy(WorldModel):
+        def predict_state(self, images, states, *_):
+            return states[:, 1]
+
         def sample(self, memory, memory_states, next_state, actions, noise, task, scene):
             self.seen, self.scene = memory[:, :, 0, 0, 0, 0].tolist(), scene.tolist()
             return memory[:, -1] + 1  # frame t is filled with t

@@ -157,15 +157,16 @@ def test_bfloat16_is_for_the_unet_alone(monkeypatch, tmp_path):
 
 def test_the_opening_is_seen_and_learned_apart_from_the_pictures():
     model, batch = make_model(), toy_batch(4)
-    batch |= {"images": batch["memory"][:, -1], "state": batch["memory_states"][:, -1]}
+    batch |= {"images": batch["memory"][:, -2:], "states": batch["memory_states"][:, -2:]}
     loss, metrics = grasp_loss(model, batch, torch.Generator().manual_seed(0))
     loss.backward()
     learned = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.grad is not None
                and parameter.grad.abs().sum() > 0}
     assert "grasp_predictor" in learned and "unet" not in learned and 0 <= metrics["accuracy"] <= 1
     state, actions = START.expand(2, 8), torch.zeros(2, 4, 7)
-    images = torch.rand(2, 2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    pose, logits, _ = model.grasp_logits(images, state, actions, actions, torch.zeros(2, dtype=torch.long))
+    images = torch.rand(2, 2, 2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    states = state[:, None].expand(2, 2, 8)
+    pose, logits, _ = model.grasp_logits(images, states, actions, actions, torch.zeros(2, dtype=torch.long))
     assert not (logits[0] - logits[1]).abs().amax(dim=1).min() < 1e-4, "what the fingers close on, and what lifts, is seen"
     assert torch.equal(pose, model.predict_pose(state, actions, actions))
 
