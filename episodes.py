@@ -283,8 +283,9 @@ class CloneData:
 class ChunkData:
     """Trajectories at chunk boundaries, for the world simulator, the reflector and the start contexts.
 
-    A demonstration holds every frame, so it is cut at every offset below a chunk: eight trajectories each, and two of what
-    was explored (every_offset=False: one). truth: `episodes` are imagined copies of these; the next pictures to learn are the true ones.
+    An episode is cut at every offset below a chunk that it has frames of (every_offset=False: at 0 alone): a demonstration
+    makes eight trajectories, what was explored two. truth: `episodes` are imagined copies of these; the next pictures to
+    learn are the true ones.
     `past[k]`, the first frame of track k that is learned from, is above 0 where an episode was taken up again.
     """
 

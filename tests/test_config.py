@@ -43,7 +43,8 @@ def test_too_little_of_something_is_one_clear_line(flag, least):
 
 @pytest.mark.parametrize("flags, words", [(["--seed", "-1"], "0 to 198"), (["--seed", "199"], "0 to 198"),
                                           (["--task_ids", "3", "0", "3"], "twice"),
-                                          (["--drift.batch_size", "15"], "even"), (["--policy.views", "1"], "must be 2"),
+                                          (["--drift.batch_size", "15"], "even"), (["--explore.stride", "3"], "divide a chunk"),
+                                          (["--policy.views", "1"], "must be 2"),
                                           (["--policy.action_dim", "6"], "--policy.action_dim 7")])
 def test_seeds_tasks_and_sizes_that_would_fail_later_are_one_clear_line(flags, words):
     with pytest.raises(UserError, match=words):

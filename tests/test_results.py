@@ -20,7 +20,7 @@ def read_all(files):
 
 def read(folder):
     """{policy: lines}; a variant of a seed (`..._seed1_rival`) is compared with that seed's cloned policy."""
-    cloned = folder.with_name(re.match(r".*_seed\d", folder.name)[0]) / "cloned.jsonl"
+    cloned = folder.with_name(re.match(r".*_seed\d+", folder.name)[0]) / "cloned.jsonl"
     return read_all({path.stem: path for path in {cloned, *folder.glob("*.jsonl")}})
 
 

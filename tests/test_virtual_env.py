@@ -83,6 +83,16 @@ def test_a_start_tells_which_quantile_the_fingers_take_in_all_of_its_rollout():
     assert seen == [[0.5, 0.25, 0.5]] * 2
 
 
+def test_where_the_hand_will_be_is_told_from_the_frames_of_a_chunk_ago_and_of_now():
+    model, seen = make_model(), []
+    inner = model.predict_state
+    model.predict_state = lambda images, states, *given: (seen.append((images, states)), inner(images, states, *given))[1]
+    env = VirtualEnv(model, None, VirtualEnvConfig(), 2)
+    play(env, make_contexts(2), make_actions(2, 3))
+    for step, frames in enumerate([[0, 0], [0, 1], [1, 2]]):  # nothing was seen before the first frame
+        assert torch.equal(seen[step][0], env.frames[:, frames]) and torch.equal(seen[step][1], env.states[:, frames])
+
+
 def test_resetting_one_slot_leaves_the_others_bit_equal():
     env = VirtualEnv(make_model(), NeverDone(), VirtualEnvConfig(), 3)
     play(env, make_contexts(3), make_actions(3, 2))
