@@ -143,7 +143,7 @@ class Episode:
     states: np.ndarray  # (N+1, 8) float32: position m, axis-angle rad, two finger joints m
     actions: np.ndarray  # (S, 7) float32, environment units: what the policy or the expert wanted
     success: np.ndarray  # (N+1,) bool: the task is done in this frame
-    stride: int  # control steps between stored frames: 1 in demonstrations, half a chunk in exploration
+    stride: int  # control steps between stored frames: 1 in demonstrations, half a chunk in exploration, else a chunk
     task_id: int
     instruction: str
     source: str  # "demo"; "explore" or "try" in exploration; "imagined"; "check", "evaluate", "test", "closed loop"

@@ -3,9 +3,8 @@
 `LiberoTask` is one simulated task in this process, `LiberoVectorEnv` one in each of B worker processes, stepped by action
 chunks: Gymnasium's vector API, with contexts in `reset` and a leading chunk axis in actions.
 
-A picture costs what its 310,000 triangles cost, whatever its size (ABLATIONS.md, "Where a true episode's time goes"). So
-frames are drawn at chunk boundaries, in exploration twice a chunk, and `mesh_cell` merges vertices closer than a few
-millimetres for demonstrations and exploration. Evaluation draws the standard meshes.
+A picture costs what its 310,000 triangles cost, whatever its size: frames are drawn at chunk boundaries, in exploration
+twice a chunk, and `mesh_cell` merges close vertices, save in evaluation (ABLATIONS.md, "Where a true episode's time goes").
 
 Shapes: B slots, V camera views, L action-chunk length, C, H, W image.
 """
@@ -69,7 +68,7 @@ def initial_states(suite, task_id) -> np.ndarray:
 
 @contextlib.contextmanager
 def _quiet():
-    """Keep LIBERO's and robosuite's import chatter out of the user's sight."""
+    """Keep LIBERO's and robosuite's import chatter out of the user's sight; errors still rise."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield
 
@@ -278,7 +277,8 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
         context, self._pipes, self._processes = multiprocessing.get_context("spawn"), [], []
         for _ in range(num_envs):
             here, there = context.Pipe()
-            self._processes.append(context.Process(target=_worker, args=(there, suite, image_size, mesh_cell), daemon=True))
+            self._processes.append(context.Process(target=_worker, daemon=True,
+                                                           args=(there, suite, image_size, mesh_cell, self.stride)))
             with light_children():
                 self._processes[-1].start()
             there.close()
@@ -305,7 +305,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
         actions = actions.float().cpu().numpy()
         playing = [i for i, slot in enumerate(self._slots) if slot and not slot["over"]]
         for i in playing:
-            self._pipe(i, "send", ("chunk", actions[i, :self._slots[i]["max_steps"] - self._slots[i]["steps"]], self.stride))
+            self._pipe(i, "send", ("chunk", actions[i, :self._slots[i]["max_steps"] - self._slots[i]["steps"]]))
         terminated, truncated, success = torch.zeros(3, self.num_envs, dtype=torch.bool)
         reward = torch.zeros(self.num_envs)
         for i in playing:
@@ -323,7 +323,8 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
             slot = self._slots[i]
             slot["scores"].append(float(info["score"][i]))
             stopped = self.stop != "oracle" and bool(self.rule.stops(np.array(slot["scores"])).any())
-            enough = (once := slot["reached"] is not None) and slot["since"] >= self.linger
+            once = slot["reached"] is not None
+            enough = once and slot["since"] >= self.linger
             terminated[i] = {"oracle": enough, "self": stopped, "both": enough and stopped, "none": False}[self.stop]
             truncated[i] = slot["steps"] >= slot["max_steps"] and not terminated[i]
             slot["over"] = bool(terminated[i] or truncated[i])
@@ -384,7 +385,7 @@ class LiberoVectorEnv(gymnasium.vector.VectorEnv):
             process.terminate()
 
 
-def _worker(pipe, suite, image_size, mesh_cell):
+def _worker(pipe, suite, image_size, mesh_cell, stride):
     """Serve one slot: one simulator at a time, made anew when the task changes (7 s)."""
     import signal
     import traceback
@@ -407,8 +408,7 @@ def _worker(pipe, suite, image_size, mesh_cell):
                     task.step(action)
                 reply = shrink(task.render(), image_size), task.state(), task.instruction
             else:
-                actions, stride = arguments
-                held, drawn = [], []
+                (actions,), held, drawn = arguments, [], []
                 for part in np.split(actions, range(stride, len(actions), stride)):
                     held += [task.step(action) for action in part]
                     drawn.append((shrink(task.render(), image_size), task.state()))
