@@ -28,13 +28,13 @@ import report
 from config import STAGES, VALIDATE_SEED, TrainConfig, parse, stage_settings
 from demonstrations import collect_demonstrations, read_demonstrations, suite_cameras
 from distributed import barrier, gather, in_processes, rank, shard, world_size
-from episodes import ChunkData, CloneData, Episode, Normalizer, StartContext, joined, load_episodes
-from evaluate import evaluate_policies, film_some, imagine_policy, load_model, load_policies, pick_device, protocol
+from episodes import ChunkData, CloneData, Episode, Normalizer, load_episodes
+from evaluate import evaluate_policies, film_some, imagine_policy, load_policies, pick_device, protocol
 from fidelity import (check_trust, frame_logits, frame_scores, hand_apart, horizon_errors, imagine_episodes, imagined_copies,
                       outcome_agreement, reflector_quality)
 from geometry import Cameras
 from intervals import proportion, summarize
-from libero_env import LiberoVectorEnv, load_suite, step_limit
+from libero_env import load_suite, step_limit
 from openvla import load_policy, pretrained_policy
 from openvla_memory import check_training
 from playing import control_steps, play, play_groups
@@ -43,9 +43,10 @@ from ppo import add_lora, improve, make_optimizer, merge_lora, reference_of, rol
 from reflector import Reflector, calibrate, reflector_loss
 from runs import (Run, UserError, check_settings, clear_errors, find_model, fit, load_resume, load_weights, read_json,
                   read_lines, read_log, save_resume, set_autocast, step_generator, write_json)
-from starts import LiberoContext, placements, short_tries, start_frames, true_starts
-from virtual_env import VirtualEnv
+from starts import LiberoContext, placements, short_tries
 from world_model import Library, WorldModel, grasp_loss, world_model_loss
+from worlds import (compiled, demonstrations, explored, frozen, half_imagined, load_world, true_env, true_world,
+                    virtual_world)
 
 
 def train(config: TrainConfig):
@@ -144,13 +145,6 @@ def keep(stage, config, folder):
     barrier()
 
 
-def compiled(model, config):
-    """--compile: torch.compile the model's parts in place; weights and their names stay as they are."""
-    for part in model.children() if config.compile else ():
-        part.compile()
-    return model
-
-
 def first_policy(config, run, device):
     """Where exploration and RL begin: the cloned policy, or the last one of the run that is refreshed."""
     return compiled(load_policy(Path(config.refresh) / "imagine" if config.refresh else run.path("clone"), device), config)
@@ -181,24 +175,6 @@ def explore(config, run, folder, device):
         play(policy, env, tries, folder, "try", config.seed, temperatures, chunk_noise=True,
              persistence=config.explore.persistence)
     print(f"explore: {sum(line['oracle_stop'] for line in lines)} of {len(lines)} episodes succeeded")
-
-
-def true_env(config, device, linger=0, stride=None) -> LiberoVectorEnv:
-    """The true simulator as exploration and RL use it: quicker meshes, whole chunks."""
-    L, limit = config.policy.chunk_size, step_limit(config.task, config.max_steps, config.policy.chunk_size)
-    return LiberoVectorEnv(config.task, config.num_procs, config.policy.image_size, L, limit, linger=linger,
-                           mesh_cell=config.explore.mesh_cell, device=device, stride=stride)
-
-
-def demonstrations(run):
-    return load_episodes(run.path("demonstrate") / "episodes")
-
-
-def explored(config, run):
-    """(training episodes, held-out episodes): the first `held_out` of every task are never trained on."""
-    episodes, held_out = load_episodes(run.path("explore")), config.explore.held_out
-    return ([episode for episode in episodes if not episode.held_out(held_out)],
-            [episode for episode in episodes if episode.held_out(held_out)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,10 +209,6 @@ def simulate(config, run, folder, device):
     write_json(folder / "held_out.json", horizon_errors(world, held_out, horizons=(1, 5, 10), every=4))
 
 
-def half_imagined(true_batch, imagined_batch, size):  # -> a `make_batch` of `fit`
-    return lambda _, generator: joined(true_batch(size - size // 2, generator), imagined_batch(size // 2, generator))
-
-
 def reflect(config, run, folder, device):
     """The reflector, trained on true frames and on the world simulator's copies of them, which bear the true labels.
 
@@ -266,16 +238,6 @@ def reflect(config, run, folder, device):
         quality[name] = reflector_quality(reflector, episodes, L, rule, scores)
         quality[name]["outcome"] = outcome_agreement([values[1:] for values in scores], held_out, rule)
     write_json(folder / "held_out.json", quality)
-
-
-def load_world(config, run, device):
-    """The virtual environment's two halves, frozen."""
-    return (frozen(WorldModel, run.path("simulate"), config, device),
-            frozen(Reflector, run.path("reflect"), config, device))
-
-
-def frozen(model_class, folder, config, device):
-    return compiled(load_model(model_class, folder, device).requires_grad_(False), config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -349,41 +311,6 @@ def validate(config, run, policy, folder, device) -> dict:
                                      env.max_steps // env.chunk_size, config.virtual)
     return {"true_success": sum(line["oracle_stop"] for line in lines) / len(lines), "imagined_success": stopped.mean(),
             **hand_apart([track.states for track in data.tracks], states)}
-
-
-def recorded_starts(config, run, device):
-    """(`ChunkData`, draw): draw(count, generator) gives frames of it to start RL in (`StartConfig`)."""
-    training, _ = explored(config, run)
-    mild = [episode for episode in training if episode.temperature <= config.start.hottest]
-    # What the true simulator takes up again must be its own: a demonstration may be somebody's file.
-    shown = config.rl_env == "virtual" and (config.start.demonstrations or not mild)
-    data = ChunkData((demonstrations(run) if shown else []) + mild, config.policy.chunk_size, device,
-                     every_offset=config.rl_env == "virtual")
-    return data, start_frames(data, training, config.start, config.task_ids)
-
-
-def virtual_world(config, run, device):
-    """The virtual environment, and start contexts drawn from recorded frames in which the task is not done."""
-    data, frames = recorded_starts(config, run, device)
-
-    def draw(count, generator) -> list[StartContext]:
-        starts = data.starts(frames(count, generator))
-        drawn = 0.5 + config.start.quantiles * (torch.rand(count, generator=generator) - 0.5)
-        return [replace(context, quantile=value) for context, value in zip(starts, drawn.tolist())]
-
-    mine, K = shard(range(config.ppo.groups)), config.ppo.group_size
-    return VirtualEnv(*load_world(config, run, device), config.virtual, len(mine) * K, K, mine[0] * K,
-                      config.ppo.groups * K, config.seed), draw
-
-
-def true_world(config, run, device):
-    """RL as RIPT-VLA does it: the same loop and starts in the true simulator, for its sparse rewards."""
-    data, frames = recorded_starts(config, run, device)
-    limit = config.virtual.horizon * config.policy.chunk_size
-
-    def draw(count, generator) -> list[LiberoContext]:  # task by task: a simulator takes seconds to build
-        return sorted(true_starts(data, frames(count, generator), limit), key=lambda start: start.task_id)
-    return true_env(config, device), draw
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-import train
+import worlds
 from config import ExploreConfig, TrainConfig, parse
 from episodes import ChunkData, Episode
 from runs import UserError
@@ -73,13 +73,13 @@ def test_fractions_of_starts_that_do_not_add_up_are_one_clear_line(flags):
 def test_rl_starts_in_demonstrations_unless_told_not_to_and_something_mild_was_explored(
         monkeypatch, settings, temperature, where):
     recorded(monkeypatch, temperature)
-    monkeypatch.setattr(train, "load_world", lambda *_: (None, None))
-    monkeypatch.setattr(train, "VirtualEnv", lambda *_: None)
-    _, draw = train.virtual_world(TrainConfig(task_ids=(3,), start=settings), None, "cpu")
+    monkeypatch.setattr(worlds, "load_world", lambda *_: (None, None))
+    monkeypatch.setattr(worlds, "VirtualEnv", lambda *_: None)
+    _, draw = worlds.virtual_world(TrainConfig(task_ids=(3,), start=settings), None, "cpu")
     assert {float(start.states[-1, 0]) for start in draw(40, torch.Generator().manual_seed(0))} == where
     quantiles = [start.quantile for start in draw(40, torch.Generator().manual_seed(0))]
     assert len(set(quantiles)) == 40 and min(quantiles) < 0.2 and max(quantiles) > 0.8
-    _, draw = train.virtual_world(TrainConfig(task_ids=(3,), start=replace(settings, quantiles=0.0)), None, "cpu")
+    _, draw = worlds.virtual_world(TrainConfig(task_ids=(3,), start=replace(settings, quantiles=0.0)), None, "cpu")
     assert {start.quantile for start in draw(9, torch.Generator())} == {0.5}
 
 
@@ -87,14 +87,14 @@ def recorded(monkeypatch, temperature):
     """A demonstration in state 0 and an explored episode whose state says how hot it was."""
     played = twice_as_many_frames(explored_episode(temperature=temperature))
     played.states[:, 0] = temperature
-    monkeypatch.setattr(train, "demonstrations", lambda run: [explored_episode(source="demo")])
-    monkeypatch.setattr(train, "explored", lambda config, run: ([played], []))
+    monkeypatch.setattr(worlds, "demonstrations", lambda run: [explored_episode(source="demo")])
+    monkeypatch.setattr(worlds, "explored", lambda config, run: ([played], []))
 
 
 def test_rl_in_the_true_simulator_takes_explored_episodes_up_again_where_imagination_starts(monkeypatch):
     recorded(monkeypatch, 1.0)
-    monkeypatch.setattr(train, "true_env", lambda *_: None)
-    _, draw = train.true_world(TrainConfig(task_ids=(3,), rl_env="libero"), None, "cpu")
+    monkeypatch.setattr(worlds, "true_env", lambda *_: None)
+    _, draw = worlds.true_world(TrainConfig(task_ids=(3,), rl_env="libero"), None, "cpu")
     starts = draw(200, torch.Generator().manual_seed(0))
     assert {(start.task_id, start.seed, start.max_steps, start.history.source) for start in starts} == {
         (3, 100_009, 160, "explore")}, "not from demonstrations, and as long as in imagination"
@@ -103,7 +103,7 @@ def test_rl_in_the_true_simulator_takes_explored_episodes_up_again_where_imagina
     assert np.mean([start.before <= 24 for start in starts]) > 0.85
     recorded(monkeypatch, 4.0)
     with pytest.raises(UserError, match="task 3.*--start.hottest"):
-        train.true_world(TrainConfig(task_ids=(3,), rl_env="libero"), None, "cpu")
+        worlds.true_world(TrainConfig(task_ids=(3,), rl_env="libero"), None, "cpu")
 
 
 @pytest.mark.parametrize("stored, stride", [(lambda episode: episode, 8), (twice_as_many_frames, 4)])
