@@ -67,6 +67,7 @@ class PPOConfig:
     max_grad_norm: float = 1.0  # gradient norm above which gradients are scaled down
     temperature: float = 1.5  # multiplies the Laplace scale b, in sampling and in scoring alike
     chunk_noise: bool = True  # one draw for all steps of a chunk: 6 numbers to explore, not 48 (the paper's: False)
+    mirrored: bool = True  # every second rollout of a group has the last one's noise, turned round; the paper's False
     persistence: float = 0.8  # correlation of a chunk's noise with the last one's, so that it adds up; the paper's 0
     explore_chunks: int = 5  # chunks that a rollout explores and learns from, then it is greedy; 0: all (the paper's)
 
@@ -93,13 +94,14 @@ class Rollout:
 # ------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def rollout(policy, env, contexts, greedy=False, temperature=1.0, generator=None, chunk_noise=False,
-            persistence=0.0, explore_chunks=0) -> Rollout:
+            persistence=0.0, explore_chunks=0, mirrored=False) -> Rollout:
     """Play every context once; row i of the result is contexts[i].
 
     Slot i of the environment plays contexts i, i + num_envs, i + 2 num_envs, ...: a masked reset refills it.
     `env.num_envs` 0 or None means any number: all contexts are played at once. Exploration noise comes from
     `generator` alone, which may be a list with one for each context; `temperature` is one number or one for each
-    context; `chunk_noise`, `persistence`, `explore_chunks`: see `PPOConfig`.
+    context; `chunk_noise`, `persistence`, `explore_chunks`: see `PPOConfig`; `mirrored` turns every second context's noise
+    round.
     """
     policy.eval()
     total, slots = len(contexts), env.num_envs or len(contexts)
@@ -118,6 +120,8 @@ def rollout(policy, env, contexts, greedy=False, temperature=1.0, generator=None
         if explored.any():
             one = [generator[i] for i in which[index].tolist()] if isinstance(generator, list) else generator
             drawn = distribution.unit_noise(one)                            # (b, L, A), or (b, 1, A) by chunk
+            if mirrored:
+                drawn = drawn * (1 - 2 * (which[index] % 2)).to(drawn)[:, None, None]
             noise = drawn.new_zeros(slots, *drawn.shape[1:]) if noise is None else noise
             kept = persistence * (chunk[index] > 0).to(drawn)[:, None, None]
             noise[index] = kept * noise[index] + (1 - kept.square()).sqrt() * drawn
@@ -140,10 +144,11 @@ def rollout(policy, env, contexts, greedy=False, temperature=1.0, generator=None
     return collect(starts, steps, total)
 
 
-def generators(count, generator):
-    """One for each of `count` contexts: a rollout's noise does not depend on what is played beside it, or where."""
-    seeds = torch.randint(2**62, (count,), generator=generator)
-    return [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+def generators(count, generator, mirrored=False):
+    """One for each of `count` contexts: a rollout's noise does not depend on what is played beside it, or where. mirrored:
+    contexts 2n and 2n + 1 have alike ones."""
+    seeds = torch.randint(2**62, (count,), generator=generator).tolist()
+    return [torch.Generator().manual_seed(seeds[i - i % 2 if mirrored else i]) for i in range(count)]
 
 
 def select(obs, index):
@@ -395,10 +400,10 @@ def improve(policy, optimizer, env, draw_contexts, config, generator, anchor=Non
     """
     starts = draw_contexts(config.groups, generator)
     contexts = [[start] * config.group_size for start in starts]            # (G, K), and their noise
-    noise = [generators(config.group_size, generator) for _ in starts]
+    noise = [generators(config.group_size, generator, config.mirrored) for _ in starts]
     played = play(policy, env, sum(shard(contexts), []), temperature=config.temperature,
                   generator=sum(shard(noise), []), chunk_noise=config.chunk_noise,
-                  persistence=config.persistence, explore_chunks=config.explore_chunks)
+                  persistence=config.persistence, explore_chunks=config.explore_chunks, mirrored=config.mirrored)
     reward = played.reward.view(-1, config.group_size)                      # (G, K)
     advantage = rloo_advantage(reward)                                      # (G, K)
     metrics = update(policy, optimizer, played, advantage.flatten(), config, generator, anchor, reference)

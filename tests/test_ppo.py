@@ -10,8 +10,8 @@ from torch import nn
 
 from episodes import Normalizer
 from policy import ActionDistribution, Policy, PolicyConfig
-from ppo import (PPOConfig, add_lora, choose, clip_and_step, improve, make_optimizer, merge_lora, minibatches, ppo_loss,
-                 reference_of, rloo_advantage, rollout, update)
+from ppo import (PPOConfig, add_lora, choose, clip_and_step, generators, improve, make_optimizer, merge_lora, minibatches,
+                 ppo_loss, reference_of, rloo_advantage, rollout, update)
 from runs import UserError, load_resume, save_resume, step_generator
 
 torch.set_num_threads(1)
@@ -360,10 +360,10 @@ def test_noise_comes_from_the_generator_alone():
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def played_with(**exploration):
+def played_with(generator=None, **exploration):
     """An unlucky 400, whose goals are out of reach, and how far each chunk was displaced, in b (400, HORIZON, A)."""
     policy, contexts = toy(), [torch.tensor([0.0, 0.0, 9.0, 9.0])] * 400
-    played = rollout(policy, Reach(), contexts, generator=step_generator(3, 0), chunk_noise=True, **exploration)
+    played = rollout(policy, Reach(), contexts, generator=generator or step_generator(3, 0), chunk_noise=True, **exploration)
     states = played.states[:, :-1].flatten(0, 1)
     chosen = policy({"images": played.images[:, :-1].flatten(0, 1), "state": states, "instruction": [""] * len(states)})
     displaced = (played.actions.flatten(0, 1) - chosen.loc) * (-chosen.log_scale.mean(1, keepdim=True)).exp()
@@ -377,6 +377,30 @@ def test_persistent_noise_goes_on_from_chunk_to_chunk_and_is_as_wide(persistence
         assert displaced[:, t].square().mean().item() == pytest.approx(2, rel=0.25)  # a unit Laplace's variance
         correlation = (displaced[:, t] * displaced[:, 0]).mean() / displaced[:, 0].square().mean()
         assert correlation.item() == pytest.approx(persistence**t if t else 1, abs=0.15)
+
+
+def test_mirrored_noise_is_that_of_the_neighbour_turned_round_in_whatever_slots_they_play():
+    alike = generators(400, step_generator(3, 0), mirrored=True)
+    _, displaced = played_with(alike, persistence=0.8, mirrored=True)
+    assert torch.allclose(displaced[::2], -displaced[1::2], atol=1e-4) and displaced.abs().mean() > 0.5
+    assert not torch.allclose(displaced[::4], displaced[2::4], atol=0.5), "pairs are drawn by themselves"
+    contexts, ways = draw_contexts(6, step_generator(5, 0)), []
+    for slots in (1, 4, 6):
+        alike = generators(6, step_generator(3, 0), mirrored=True)
+        ways.append(rollout(Straight(), Reach(slots), contexts, generator=alike, mirrored=True).actions)
+    assert torch.equal(ways[0], ways[1]) and torch.equal(ways[0], ways[2])
+
+
+def test_an_iteration_mirrors_the_noise_within_its_groups_unless_told_not_to():
+    for mirrored in (True, False):
+        policy, config, seen = toy(), PPOConfig(groups=3, group_size=4, mirrored=mirrored), []
+
+        def keeping(*args, **noise):
+            seen.append(rollout(*args, **noise))
+            return seen[-1]
+        improve(policy, make_optimizer(policy, config), Reach(), draw_contexts, config, step_generator(0, 0), play=keeping)
+        middle = seen[0].actions[:, 0].view(3, 2, 2, L, A).mean(2)  # of the pairs: the group's own mean action
+        assert torch.allclose(middle[:, 0], middle[:, 1], atol=1e-5) == mirrored
 
 
 def test_after_the_explored_chunks_a_rollout_is_greedy_and_nothing_is_learned_from_it():
