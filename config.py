@@ -20,6 +20,7 @@ from world_model import WorldModelConfig
 
 Stage = Literal["demonstrate", "clone", "explore", "simulate", "reflect", "imagine", "evaluate"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
+PAPERS = dict(lr_backbone=1e-4, lr_heads=1e-5)  # rates of RL, for policies and buffers larger than small's
 VALIDATE_SEED = 20_000_000  # where validation's `placements` begin
 LEAST = {"num_demos": 1, "validate.episodes": 1, "ppo.groups": 1, "ppo.microbatch": 1, "ppo.group_size": 2,
          "validate.every": 0, "explore.stride": 1, "virtual.horizon": 1,
@@ -110,7 +111,7 @@ def medium() -> TrainConfig:
         simulate=FitConfig(steps=2000, batch_size=64, lr=8e-4), drift=FitConfig(steps=700, batch_size=64, lr=4e-4),
         grasp=FitConfig(steps=500, batch_size=128, lr=1e-3, weight_decay=0.05),
         reflect=FitConfig(steps=600, batch_size=64, lr=1e-3, weight_decay=0.1),
-        ppo=PPOConfig(iterations=40, groups=32, microbatch=512), validate=ValidateConfig(every=20))
+        ppo=PPOConfig(iterations=40, groups=32, microbatch=512, **PAPERS), validate=ValidateConfig(every=20))
 
 
 def large() -> TrainConfig:
@@ -120,7 +121,7 @@ def large() -> TrainConfig:
         world_model=WorldModelConfig(image_size=256, patch=4, channels=(128, 256, 384), layers=2),
         simulate=FitConfig(steps=20_000, batch_size=32, lr=3e-4), drift=FitConfig(steps=5_000, batch_size=32, lr=1e-4),
         reflect=FitConfig(steps=2_000, batch_size=32, lr=3e-4, weight_decay=0.1),
-        ppo=PPOConfig(iterations=100))
+        ppo=PPOConfig(iterations=100, **PAPERS))
 
 
 def stage_settings(config, name) -> dict:
@@ -179,6 +180,8 @@ def parse(arguments: list[str]) -> TrainConfig:
     if min(start.midway, start.contact, start.release) < 0 or start.midway + start.contact + start.release > 1 + 1e-6:
         raise UserError("--start.midway, .contact and .release are fractions of the starts: none below 0, their sum not "
                         "above 1")
+    if not 0 <= start.luck[0] <= start.luck[1] <= 1:
+        raise UserError("--start.luck takes the least and the largest quantile of a grasp's outcome, from 0 to 1")
     if config.max_steps < config.policy.chunk_size and config.max_steps:
         raise UserError(f"--max_steps must be 0 (the suite's limit) or at least a chunk, {config.policy.chunk_size}")
     config.output_dir = config.output_dir or f"runs/{config.task}" + f"_{config.preset}" * (config.preset != "small")

@@ -24,7 +24,8 @@ Departures from Algorithm 1, and what the paper leaves open:
     (`persistence`), for the first chunks of a rollout alone (`explore_chunks`), which starts just before a grasp: a
     small part of the paper's dimensions, and those that decide. `log_prob` stays that of one chunk by itself, so what a
     chunk's noise earned is also ascribed to its neighbours, whose noise was like it: a gradient smoothed over time. With
-    a draw for every step, gradients of 64 rollouts each had nothing in common (cosine 0 in the mean, ABLATIONS.md).
+    a draw for every step, gradients of 64 rollouts each had nothing in common (cosine 0 in the mean, ABLATIONS.md). Rollouts
+    are `mirrored` in pairs (antithetic sampling): what is lost on both sides of the mean alike is then no gradient of it.
  7. A supervised loss on the demonstrations is added (`anchor`): without it a fast policy soon finds what the virtual world
     is wrong about. And where it is not explored the policy is held to what it was before RL (`hold_loss`).
 As in the paper: no critic, no KL, no entropy bonus, rewards not divided by their deviation.
@@ -56,8 +57,8 @@ class PPOConfig:
     minibatch: int = 0  # chunks in an optimiser step; 0 takes the whole buffer; the paper's 4
     microbatch: int = 64  # chunks in a forward pass (of all processes); gradients add up, so it is memory alone
     clip_coef: float = 0.1  # nothing is gained by a ratio outside 1 ± clip_coef; the paper's 0.1
-    lr_backbone: float = 1e-4  # learning rate of everything but the heads: the paper's, for LoRA on 7B
-    lr_heads: float = 1e-5  # learning rate of the action head and the scale head: the paper's
+    lr_backbone: float = 3e-4  # learning rate of everything but the heads; the paper's 1e-4, for LoRA on 7B
+    lr_heads: float = 3e-5  # learning rate of the action head and the scale head; the paper's 1e-5
     warmup: int = 8  # optimiser steps of linear warm-up: Adam's first steps move every weight by the whole rate
     lora_rank: int = 0  # 0 trains the whole backbone; above, only low-rank changes of its matrices (the paper's 32)
     train_scale: bool = True  # train the scale head too, as the paper does; else exploration stays as it is
@@ -65,7 +66,7 @@ class PPOConfig:
     hold: float = 8.0  # weight of the distance to the policy before RL, on chunks played without noise; the paper's 0
     anchor_batch: int = 64  # control steps of the demonstrations, and chunks to hold, in an optimiser step
     max_grad_norm: float = 1.0  # gradient norm above which gradients are scaled down
-    temperature: float = 1.5  # multiplies the Laplace scale b, in sampling and in scoring alike
+    temperature: float = 0.75  # multiplies the Laplace scale b, in sampling and in scoring alike; the paper's 1
     chunk_noise: bool = True  # one draw for all steps of a chunk: 6 numbers to explore, not 48 (the paper's: False)
     mirrored: bool = True  # every second rollout of a group has the last one's noise, turned round; the paper's False
     persistence: float = 0.8  # correlation of a chunk's noise with the last one's, so that it adds up; the paper's 0

@@ -26,7 +26,7 @@ class StartConfig:
     midway: float = 0.1  # fraction that starts at any later frame in which the task is not done
     hottest: float = 2.0  # only episodes explored at most at this temperature: in hotter ones the hand is often lost
     demonstrations: bool = True  # in imagination, start in demonstrations, too, where the policy itself seldom comes
-    quantiles: float = 1.0  # in imagination: share of the quantiles, around the median, for a start's fingers and lift
+    luck: tuple[float, float] = (0.0, 0.5)  # in imagination: a start's quantile of fingers and lift is drawn from here
     focus: float = 1.0  # a task's share of the starts grows with its failures in exploration, to this power; 0: all alike
 
 

@@ -93,8 +93,8 @@ def virtual_world(config, run, device):
     data, frames = recorded_starts(config, run, device)
 
     def draw(count, generator) -> list[StartContext]:
-        starts = data.starts(frames(count, generator))
-        drawn = 0.5 + config.start.quantiles * (torch.rand(count, generator=generator) - 0.5)
+        starts, (least, most) = data.starts(frames(count, generator)), config.start.luck
+        drawn = least + (most - least) * torch.rand(count, generator=generator)
         return [replace(context, quantile=value) for context, value in zip(starts, drawn.tolist())]
 
     mine, K = shard(range(config.ppo.groups)), config.ppo.group_size

@@ -67,6 +67,12 @@ def test_fractions_of_starts_that_do_not_add_up_are_one_clear_line(flags):
         parse([*flags])
 
 
+@pytest.mark.parametrize("luck", [("0.6", "0.4"), ("-0.1", "0.5"), ("0", "1.1")])
+def test_luck_that_is_no_range_of_quantiles_is_one_clear_line(luck):
+    with pytest.raises(UserError, match="--start.luck.*from 0 to 1"):
+        parse(["--start.luck", *luck])
+
+
 @pytest.mark.parametrize("settings, temperature, where", [
     (StartConfig(), 1.0, {0.0, 1.0}), (StartConfig(demonstrations=False), 1.0, {1.0}),
     (StartConfig(demonstrations=False), 4.0, {0.0})])
@@ -78,8 +84,8 @@ def test_rl_starts_in_demonstrations_unless_told_not_to_and_something_mild_was_e
     _, draw = worlds.virtual_world(TrainConfig(task_ids=(3,), start=settings), None, "cpu")
     assert {float(start.states[-1, 0]) for start in draw(40, torch.Generator().manual_seed(0))} == where
     quantiles = [start.quantile for start in draw(40, torch.Generator().manual_seed(0))]
-    assert len(set(quantiles)) == 40 and min(quantiles) < 0.2 and max(quantiles) > 0.8
-    _, draw = worlds.virtual_world(TrainConfig(task_ids=(3,), start=replace(settings, quantiles=0.0)), None, "cpu")
+    assert len(set(quantiles)) == 40 and 0 < min(quantiles) < 0.1 and 0.4 < max(quantiles) < 0.5, "worse luck than the median"
+    _, draw = worlds.virtual_world(TrainConfig(task_ids=(3,), start=replace(settings, luck=(0.5, 0.5))), None, "cpu")
     assert {start.quantile for start in draw(9, torch.Generator())} == {0.5}
 
 
