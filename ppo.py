@@ -95,14 +95,14 @@ class Rollout:
 # ------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def rollout(policy, env, contexts, greedy=False, temperature=1.0, generator=None, chunk_noise=False,
-            persistence=0.0, explore_chunks=0, mirrored=False) -> Rollout:
+            persistence=0.0, explore_chunks=0, mirrored=0) -> Rollout:
     """Play every context once; row i of the result is contexts[i].
 
     Slot i of the environment plays contexts i, i + num_envs, i + 2 num_envs, ...: a masked reset refills it.
     `env.num_envs` 0 or None means any number: all contexts are played at once. Exploration noise comes from
     `generator` alone, which may be a list with one for each context; `temperature` is one number or one for each
-    context; `chunk_noise`, `persistence`, `explore_chunks`: see `PPOConfig`; `mirrored` turns every second context's noise
-    round.
+    context; `chunk_noise`, `persistence`, `explore_chunks`: see `PPOConfig`; in groups of `mirrored` every second context's
+    noise is turned round.
     """
     policy.eval()
     total, slots = len(contexts), env.num_envs or len(contexts)
@@ -122,7 +122,7 @@ def rollout(policy, env, contexts, greedy=False, temperature=1.0, generator=None
             one = [generator[i] for i in which[index].tolist()] if isinstance(generator, list) else generator
             drawn = distribution.unit_noise(one)                            # (b, L, A), or (b, 1, A) by chunk
             if mirrored:
-                drawn = drawn * (1 - 2 * (which[index] % 2)).to(drawn)[:, None, None]
+                drawn = drawn * (1 - 2 * (which[index] % mirrored % 2)).to(drawn)[:, None, None]
             noise = drawn.new_zeros(slots, *drawn.shape[1:]) if noise is None else noise
             kept = persistence * (chunk[index] > 0).to(drawn)[:, None, None]
             noise[index] = kept * noise[index] + (1 - kept.square()).sqrt() * drawn
@@ -402,9 +402,9 @@ def improve(policy, optimizer, env, draw_contexts, config, generator, anchor=Non
     starts = draw_contexts(config.groups, generator)
     contexts = [[start] * config.group_size for start in starts]            # (G, K), and their noise
     noise = [generators(config.group_size, generator, config.mirrored) for _ in starts]
-    played = play(policy, env, sum(shard(contexts), []), temperature=config.temperature,
-                  generator=sum(shard(noise), []), chunk_noise=config.chunk_noise,
-                  persistence=config.persistence, explore_chunks=config.explore_chunks, mirrored=config.mirrored)
+    played = play(policy, env, sum(shard(contexts), []), generator=sum(shard(noise), []), temperature=config.temperature,
+                  chunk_noise=config.chunk_noise, persistence=config.persistence, explore_chunks=config.explore_chunks,
+                  mirrored=config.mirrored * config.group_size)
     reward = played.reward.view(-1, config.group_size)                      # (G, K)
     advantage = rloo_advantage(reward)                                      # (G, K)
     metrics = update(policy, optimizer, played, advantage.flatten(), config, generator, anchor, reference)
