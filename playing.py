@@ -81,7 +81,7 @@ def play(policy, env: LiberoVectorEnv, contexts, folder, source, seed, temperatu
 def play_groups(policy, env: LiberoVectorEnv, contexts, generator, **noise) -> Rollout:
     """`rollout` in the true simulator, each process at its own pace: it plays whole groups of one context.
 
-    generator: a list, one for each of `contexts`.
+    generator: a list, as of `ppo.generators`.
     """
     groups = [list(group) for _, group in groupby(range(len(contexts)), key=lambda i: id(contexts[i]))]
     slots = env.single_slots()

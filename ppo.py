@@ -95,14 +95,13 @@ class Rollout:
 # ------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def rollout(policy, env, contexts, greedy=False, temperature=1.0, generator=None, chunk_noise=False,
-            persistence=0.0, explore_chunks=0, mirrored=0) -> Rollout:
+            persistence=0.0, explore_chunks=0) -> Rollout:
     """Play every context once; row i of the result is contexts[i].
 
     Slot i of the environment plays contexts i, i + num_envs, i + 2 num_envs, ...: a masked reset refills it.
     `env.num_envs` 0 or None means any number: all contexts are played at once. Exploration noise comes from
-    `generator` alone, which may be a list with one for each context; `temperature` is one number or one for each
-    context; `chunk_noise`, `persistence`, `explore_chunks`: see `PPOConfig`; in groups of `mirrored` every second context's
-    noise is turned round.
+    `generator` alone, which may be a list as of `generators`; `temperature` is one number or one for each
+    context; `chunk_noise`, `persistence`, `explore_chunks`: see `PPOConfig`.
     """
     policy.eval()
     total, slots = len(contexts), env.num_envs or len(contexts)
@@ -119,10 +118,11 @@ def rollout(policy, env, contexts, greedy=False, temperature=1.0, generator=None
         explored = (chunk[index] < (explore_chunks or math.inf)) & (not greedy)  # (b,)
         action = distribution.mode                                          # (b, L, A)
         if explored.any():
-            one = [generator[i] for i in which[index].tolist()] if isinstance(generator, list) else generator
-            drawn = distribution.unit_noise(one)                            # (b, L, A), or (b, 1, A) by chunk
-            if mirrored:
-                drawn = drawn * (1 - 2 * (which[index] % mirrored % 2)).to(drawn)[:, None, None]
+            one, sign = generator, 1.0
+            if isinstance(generator, list):
+                one, sign = zip(*(generator[i] for i in which[index].tolist()))
+                one, sign = list(one), torch.tensor(sign, device=action.device)[:, None, None]
+            drawn = sign * distribution.unit_noise(one)                     # (b, L, A), or (b, 1, A) by chunk
             noise = drawn.new_zeros(slots, *drawn.shape[1:]) if noise is None else noise
             kept = persistence * (chunk[index] > 0).to(drawn)[:, None, None]
             noise[index] = kept * noise[index] + (1 - kept.square()).sqrt() * drawn
@@ -146,10 +146,11 @@ def rollout(policy, env, contexts, greedy=False, temperature=1.0, generator=None
 
 
 def generators(count, generator, mirrored=False):
-    """One for each of `count` contexts: a rollout's noise does not depend on what is played beside it, or where. mirrored:
-    contexts 2n and 2n + 1 have alike ones."""
+    """One for each of `count` contexts, and the sign of what it draws: a rollout's noise does not depend on what is played
+    beside it, or where. mirrored: contexts 2n and 2n + 1 draw alike, with opposite signs."""
     seeds = torch.randint(2**62, (count,), generator=generator).tolist()
-    return [torch.Generator().manual_seed(seeds[i - i % 2 if mirrored else i]) for i in range(count)]
+    odd = [i % 2 if mirrored else 0 for i in range(count)]
+    return [(torch.Generator().manual_seed(seeds[i - odd[i]]), 1.0 - 2 * odd[i]) for i in range(count)]
 
 
 def select(obs, index):
@@ -403,8 +404,7 @@ def improve(policy, optimizer, env, draw_contexts, config, generator, anchor=Non
     contexts = [[start] * config.group_size for start in starts]            # (G, K), and their noise
     noise = [generators(config.group_size, generator, config.mirrored) for _ in starts]
     played = play(policy, env, sum(shard(contexts), []), generator=sum(shard(noise), []), temperature=config.temperature,
-                  chunk_noise=config.chunk_noise, persistence=config.persistence, explore_chunks=config.explore_chunks,
-                  mirrored=config.mirrored * config.group_size)
+                  chunk_noise=config.chunk_noise, persistence=config.persistence, explore_chunks=config.explore_chunks)
     reward = played.reward.view(-1, config.group_size)                      # (G, K)
     advantage = rloo_advantage(reward)                                      # (G, K)
     metrics = update(policy, optimizer, played, advantage.flatten(), config, generator, anchor, reference)

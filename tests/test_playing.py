@@ -10,7 +10,7 @@ from config import TrainConfig
 from episodes import Episode
 from playing import control_steps, play, play_groups
 from policy import ActionDistribution
-from ppo import rollout
+from ppo import generators, rollout
 from runs import Run, read_lines
 from starts import LiberoContext
 
@@ -97,7 +97,7 @@ def test_noise_by_chunk_moves_all_steps_of_a_chunk_alike(tmp_path):
 @pytest.mark.parametrize("num_procs", [1, 3])
 def test_groups_that_each_process_plays_at_its_own_pace_are_one_rollout_of_all(num_procs):
     contexts = sum([[LiberoContext(task, max_steps=steps)] * 2 for task, steps in enumerate((2, 6, 4, 2))], [])
-    noises = [[torch.Generator().manual_seed(i) for i in range(8)] for _ in range(2)]
+    noises = [generators(8, torch.Generator().manual_seed(0), mirrored=True) for _ in range(2)]
     env = Env(num_procs)
     together = play_groups(Noisy(), env, contexts, noises[0], chunk_noise=True, explore_chunks=2)
     want = rollout(Noisy(), Slot(None, []), contexts, generator=noises[1], chunk_noise=True, explore_chunks=2)
